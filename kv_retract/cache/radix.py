@@ -1,0 +1,244 @@
+"""Radix tree over token ids: which slots hold the KV of which prefix. Integers only (SGLang `mem_cache/radix_cache.py`)."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from itertools import count
+from typing import Any
+
+import numpy as np
+
+from ..errors import CacheIntegrityError
+from .base import NO_SLOT, IntArray, MatchResult, PrefixCache
+from .evict_policy import evict_policy
+
+_EMPTY: IntArray = np.empty(0, dtype=np.int64)
+
+
+class Node:
+    """An edge of the tree and the node below it."""
+
+    __slots__ = ("ids", "slots", "parent", "children", "lock_ref", "last_access", "hits", "num_slots")
+
+    def __init__(self, ids: IntArray, slots: IntArray, parent: Node | None, now: int) -> None:
+        self.parent, self.children = parent, dict[Any, Node]()
+        self.lock_ref, self.last_access, self.hits = 0, now, 0
+        self.set(ids, slots)
+
+    def set(self, ids: IntArray, slots: IntArray) -> None:
+        """Replace the entries; `num_slots` counts those with KV."""
+        self.ids, self.slots = ids, slots
+        self.num_slots = int(np.count_nonzero(slots != NO_SLOT))
+
+
+class RadixCache(PrefixCache):
+    """Prefix index shared by all threads; see `PrefixCache`.
+
+    Comparison is vectorised over node keys; children are found by their first page. Time is a counter, not the clock.
+
+    Args:
+        page_size: lengths are multiples of it.
+        eviction: `lru` or `lfu`.
+    """
+
+    def __init__(self, page_size: int = 1, eviction: str = "lru") -> None:
+        if page_size < 1:
+            raise ValueError(f"page_size must be at least 1, got {page_size}")
+        self.page_size = page_size
+        self._policy = evict_policy(eviction)
+        self._clock = 0
+        self._roots: dict[str, Node] = {}
+        self._evictable = self._protected = 0
+
+    @property
+    def evictable_size(self) -> int:
+        """Slots not under a lock."""
+        return self._evictable
+
+    @property
+    def protected_size(self) -> int:
+        """Slots under a lock."""
+        return self._protected
+
+    def match_prefix(self, ids: IntArray, *, extra_key: str = "") -> MatchResult:
+        """Find the longest indexed prefix."""
+        path = self._walk(ids, extra_key, split=True)
+        self._touch(path)
+        slots = np.concatenate([node.slots for node in path]) if path else _EMPTY.copy()
+        return MatchResult(slots, path[-1] if path else self._root(extra_key))
+
+    def insert(self, ids: IntArray, slots: IntArray, *, extra_key: str = "") -> int:
+        """Index a path."""
+        if len(ids) != len(slots):
+            raise ValueError(f"a path needs one slot per id, got {len(ids)} ids and {len(slots)} slots")
+        end = len(ids) // self.page_size * self.page_size
+        path = self._walk(ids[:end], extra_key, split=True)
+        self._touch(path)
+        known = sum(len(node.ids) for node in path)
+        if known < end:
+            parent = path[-1] if path else self._root(extra_key)
+            node = Node(ids[known:end].copy(), slots[known:end].copy(), parent, self._clock)
+            parent.children[self._child_key(node.ids)] = node
+            self._evictable += node.num_slots
+        return known
+
+    def evict(self, num_slots: int) -> IntArray:
+        """Drop leaves in the order of the policy."""
+        order = count()  # ties are broken by age in the heap; nodes do not compare
+        heap = [(self._policy.priority(n), next(order), n) for n in self._nodes() if not n.children and not n.lock_ref]
+        heapq.heapify(heap)
+        given, taken = [], 0
+        while heap and taken < num_slots:
+            _, _, node = heapq.heappop(heap)
+            given.append(self._unlink(node))
+            taken += node.num_slots
+            parent = node.parent
+            assert parent is not None, "a root is never in the heap"
+            if parent.parent is not None and not parent.children and not parent.lock_ref:
+                heapq.heappush(heap, (self._policy.priority(parent), next(order), parent))
+        return np.concatenate(given) if given else _EMPTY.copy()
+
+    def inc_lock_ref(self, node: Node) -> None:
+        """Protect the path up to the root."""
+        for n in self._upwards(node):
+            if n.lock_ref == 0:
+                self._evictable -= n.num_slots
+                self._protected += n.num_slots
+            n.lock_ref += 1
+
+    def dec_lock_ref(self, node: Node) -> None:
+        """Undo one `inc_lock_ref`."""
+        path = list(self._upwards(node))
+        if any(n.lock_ref < 1 for n in path):
+            raise CacheIntegrityError("unlocked a path that is not locked")
+        for n in path:
+            n.lock_ref -= 1
+            if n.lock_ref == 0:
+                self._evictable += n.num_slots
+                self._protected -= n.num_slots
+
+    def exclusive_from(self, ids: IntArray, *, extra_key: str = "", locks: int = 0) -> int:
+        """Find where the path stops being shared."""
+        path = self._walk(ids, extra_key, split=False)
+        start = sum(len(node.ids) for node in path)
+        if path and len(path[-1].ids) > self._common(path[-1], ids[start - len(path[-1].ids) :]):
+            return start - len(path[-1].ids) + self._common(path[-1], ids[start - len(path[-1].ids) :])
+        below: Node | None = None
+        for node in reversed(path):
+            if node.lock_ref > locks or any(child is not below for child in node.children.values()):
+                break
+            start -= len(node.ids)
+            below = node
+        return start
+
+    def remove_tail(self, ids: IntArray, start: int, *, extra_key: str = "") -> IntArray:
+        """Remove what only this path uses, at or after `start`."""
+        start = start // self.page_size * self.page_size
+        self._walk(ids[:start], extra_key, split=True)
+        path = self._walk(ids, extra_key, split=True)
+        end = sum(len(node.ids) for node in path)
+        given = []
+        for node in reversed(path):
+            end -= len(node.ids)
+            if end < start or node.children or node.lock_ref:
+                break
+            given.append(self._unlink(node))
+        return np.concatenate(given[::-1]) if given else _EMPTY.copy()
+
+    def held_slots(self) -> IntArray:
+        """All slots, one row per reference to a page."""
+        slots = [node.slots for node in self._nodes()]
+        return np.concatenate(slots) if slots else _EMPTY.copy()
+
+    def check_integrity(self) -> None:
+        """Check links, alignment, locks and sizes."""
+        sizes = [0, 0]
+        for node in self._nodes():
+            parent = node.parent
+            if parent is None or parent.children.get(self._child_key(node.ids)) is not node:
+                raise CacheIntegrityError("a node is not linked from its parent under its first page")
+            if len(node.ids) == 0 or len(node.ids) % self.page_size or len(node.ids) != len(node.slots):
+                raise CacheIntegrityError(f"a node of {len(node.ids)} ids and {len(node.slots)} slots is not page-aligned")
+            if parent.parent is not None and node.lock_ref > parent.lock_ref:
+                raise CacheIntegrityError("a node is locked more often than its parent")
+            if node.num_slots != np.count_nonzero(node.slots != NO_SLOT):
+                raise CacheIntegrityError("a node miscounts its slots")
+            sizes[node.lock_ref > 0] += node.num_slots
+        if sizes != [self._evictable, self._protected]:
+            raise CacheIntegrityError(
+                f"sizes are {self._evictable} evictable and {self._protected} protected, the nodes hold {sizes}"
+            )
+
+    def _root(self, extra_key: str) -> Node:
+        if extra_key not in self._roots:
+            self._roots[extra_key] = Node(_EMPTY, _EMPTY, None, 0)
+        return self._roots[extra_key]
+
+    def _child_key(self, ids: IntArray) -> Any:
+        return int(ids[0]) if self.page_size == 1 else ids[: self.page_size].tobytes()
+
+    def _walk(self, ids: IntArray, extra_key: str, *, split: bool) -> list[Node]:
+        """Return the nodes of the longest indexed prefix. With `split` the last one ends where the match ends."""
+        root = self._roots.get(extra_key)
+        path: list[Node] = []
+        at, node = 0, root
+        while node is not None and len(ids) - at >= self.page_size:
+            node = node.children.get(self._child_key(ids[at : at + self.page_size]))
+            if node is None:
+                break
+            length = self._common(node, ids[at:])
+            if length < len(node.ids):
+                path.append(self._split(node, length) if split else node)
+                break
+            path.append(node)
+            at += length
+        return path
+
+    def _common(self, node: Node, ids: IntArray) -> int:
+        """Length of the common prefix, page-aligned."""
+        n = min(len(node.ids), len(ids))
+        differs = node.ids[:n] != ids[:n]
+        first = int(differs.argmax()) if differs.any() else n
+        return first // self.page_size * self.page_size
+
+    def _split(self, node: Node, length: int) -> Node:
+        """Cut a node in two; return the upper part. Handles of the lower part stay valid."""
+        parent = node.parent
+        assert parent is not None, "a root has no entries to split"
+        upper = Node(node.ids[:length], node.slots[:length], parent, node.last_access)
+        upper.lock_ref, upper.hits = node.lock_ref, node.hits
+        parent.children[self._child_key(upper.ids)] = upper
+        node.set(node.ids[length:], node.slots[length:])
+        node.parent = upper
+        upper.children[self._child_key(node.ids)] = node
+        return upper
+
+    def _touch(self, path: list[Node]) -> None:
+        self._clock += 1
+        for node in path:
+            node.last_access = self._clock
+            node.hits += 1
+
+    def _unlink(self, node: Node) -> IntArray:
+        """Take an unlocked leaf out and return its slots."""
+        assert node.parent is not None and not node.children and not node.lock_ref, "only free leaves are removed"
+        del node.parent.children[self._child_key(node.ids)]
+        self._evictable -= node.num_slots
+        return node.slots
+
+    @staticmethod
+    def _upwards(node: Node) -> Iterator[Node]:
+        """A node and its ancestors, roots left out."""
+        at: Node | None = node
+        while at is not None and at.parent is not None:
+            yield at
+            at = at.parent
+
+    def _nodes(self) -> Iterator[Node]:
+        """All nodes but the roots."""
+        stack = [child for root in self._roots.values() for child in root.children.values()]
+        while stack:
+            node = stack.pop()
+            yield node
+            stack.extend(node.children.values())

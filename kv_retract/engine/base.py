@@ -1,0 +1,155 @@
+"""Contract of an engine: it speaks token ids and holds the KV cache of many threads (DESIGN D10)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from ..cache.base import EditView, ThreadKey
+from ..types import EraseResult, Interval, SamplingParams
+
+if TYPE_CHECKING:
+    import torch
+
+LogitsProcessor = Callable[[Sequence[int], "torch.Tensor"], "torch.Tensor"]
+"""`(ids generated so far, logits of shape (vocab_size,)) -> logits`; may change the logits in place."""
+
+
+class SupportsErase(Protocol):
+    """What an engine needs of an eraser (the contract is `erasers.base.Eraser`)."""
+
+    @property
+    def eraser_id(self) -> str:
+        """Name and hyper-parameters."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether the span leaves the key."""
+
+    def erase(self, view: EditView) -> None:
+        """Edit the view."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """Shape of a model, as far as a cache must know it."""
+
+    name: str
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_positions: int
+    dtype: str
+    """"float32" or "bfloat16"."""
+    device: str
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class ExtendResult:
+    """Outcome of bringing a thread's KV up to date."""
+
+    logits: torch.Tensor
+    """Next-token logits. Shape: (num_last, vocab_size), float32; the last row follows the last entry of the key."""
+    num_cached_tokens: int
+    """Entries of the key that were served from the cache."""
+    num_prefilled_tokens: int
+    """Tokens that went through the model."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GeneratedToken:
+    """One decoded token."""
+
+    id: int
+    logprob: float | None = None
+    num_cached_tokens: int = 0
+    """As in `ExtendResult`; the same on every token of one answer."""
+    finish_reason: str | None = None
+    """`stop` (an end token, not part of the answer) or `length`; on the last token only."""
+
+
+class Engine(ABC):
+    """Holds a model and the KV of many threads; safe to call from several Python threads.
+
+    A key may contain tombstones only where they are cached: an engine raises SpanError rather than feed one to the
+    model. What it prefills or decodes it keeps, under eviction, for later calls.
+    """
+
+    spec: ModelSpec
+
+    @abstractmethod
+    def cached(self, key: ThreadKey) -> int:
+        """Return how many leading entries of the key are cached. Changes nothing but the order of eviction."""
+
+    @abstractmethod
+    def extend(self, key: ThreadKey, *, num_last: int = 1) -> ExtendResult:
+        """Prefill what of the key is not cached and return logits of the last `num_last` entries.
+
+        At least `num_last` entries are run through the model, cached or not; they must be ordinary tokens.
+
+        Raises:
+            SpanError: a tombstone would have to be prefilled.
+            PoolExhaustedError: the thread does not fit.
+            ValueError: the key is empty or longer than the model's positions.
+        """
+
+    @abstractmethod
+    def generate(
+        self, key: ThreadKey, sampling: SamplingParams, *, logits_processor: LogitsProcessor | None = None
+    ) -> Iterator[GeneratedToken]:
+        """Extend and decode, one token at a time. Closing the iterator stops decoding; what was decoded stays cached.
+
+        Raises as `extend`, at the first `next`. `SamplingParams.stop` (strings) is the caller's to apply.
+        """
+
+    @abstractmethod
+    def erase(
+        self, key: ThreadKey, spans: Sequence[Interval], eraser: SupportsErase, new_key: ThreadKey
+    ) -> EraseResult:
+        """Edit the cached part of `key` and commit it under `new_key`; several spans are one atomic edit.
+
+        Args:
+            key: the thread before the edit, spans in place.
+            spans: intervals of `key` to erase; those at or past the cached length are ignored.
+            eraser: the strategy.
+            new_key: the thread after it. As long as `key`, tombstones in place, or, where `eraser.exact`, without
+                the spans.
+
+        Other threads and running generations that share the old path keep it: shared slots are copied on write.
+
+        Raises:
+            PoolExhaustedError: no room for the copies; the old path is intact.
+        """
+
+    @abstractmethod
+    def drop(self, key: ThreadKey, start: int) -> int:
+        """Forget the cached entries of `key` from `start` on that nothing else uses; return the slots freed (zeroed)."""
+
+    @abstractmethod
+    def read_kv(self, key: ThreadKey, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return copies of the cached K (rotated) and V of the visible entries in `[start, end)`.
+
+        Returns:
+            Shape of each: (num_layers, num_visible, num_kv_heads, head_dim).
+
+        Raises:
+            SpanError: the interval is not cached.
+        """
+
+    @abstractmethod
+    def write_kv(self, key: ThreadKey, start: int, end: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Overwrite the cached K and V of `[start, end)`; shapes as `read_kv`; all entries must be visible.
+
+        For tests and experiments: the key does not change, so whoever matches it sees the new states.
+        """
+
+    @abstractmethod
+    def check_integrity(self) -> None:
+        """Raise CacheIntegrityError where the cache breaks a conservation law."""
+
+    @abstractmethod
+    def tokens_in_use(self) -> int:
+        """Return the number of slots in use, cached or running."""

@@ -1,0 +1,150 @@
+"""The embedded engine's view of one edit: what erasers call, on pages that only the edited thread uses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from ..cache.base import NO_SLOT, EditView, IntArray, ThreadKey
+from ..cache.keys import is_tombstone
+from ..cache.edit import PathEdit
+from ..cache.pool import PagedKVPool
+from ..cache.rope import Rotary, rotate_keys
+from ..errors import SpanError
+from ..types import Interval
+from .working import ModelRunner, WorkingSet
+
+
+class HFEditView(EditView):
+    """Edits one `PathEdit`; see `EditView` for the contract.
+
+    Args:
+        key: the thread before the edit, cut to its cached part.
+        spans: intervals of `key`.
+        path: its pages, copied on write.
+        pool, runner, rotary: of the engine.
+        chunk_size: most tokens in one forward pass.
+    """
+
+    def __init__(
+        self,
+        key: ThreadKey,
+        spans: Sequence[Interval],
+        path: PathEdit,
+        pool: PagedKVPool,
+        runner: ModelRunner,
+        rotary: Rotary,
+        chunk_size: int,
+    ) -> None:
+        self.spans = tuple(spans)
+        self.num_entries = len(key)
+        self.rebuild_asked = False
+        self.tokens_recomputed = 0
+        self.tokens_moved = 0
+        self._ids = key.ids
+        self._positions = key.positions.copy()
+        self._path, self._pool, self._runner, self._rotary, self._chunk = path, pool, runner, rotary, chunk_size
+        self._in_span = np.zeros(self.num_entries, dtype=np.bool_)
+        for start, end in self.spans:
+            self._in_span[start:end] = True
+
+    @property
+    def followers(self) -> IntArray:
+        """Visible entries after the first span, outside of all spans."""
+        after = np.arange(self.num_entries) >= self.spans[0][1]
+        return np.flatnonzero(after & ~self._in_span & (self._path.slots != NO_SLOT))
+
+    @property
+    def suffix(self) -> IntArray:
+        """Those of them that are ordinary tokens."""
+        followers = self.followers
+        return followers[~is_tombstone(self._ids[followers])]
+
+    def positions(self) -> IntArray:
+        """Current rotary position of every entry."""
+        return self._positions.copy()
+
+    def hide(self, start: int, end: int) -> None:
+        """Make `[start, end)` invisible."""
+        self._check(np.arange(start, end))
+        self._path.hide(start, end)
+
+    def move(self, index: IntArray, offset: IntArray) -> None:
+        """Shift positions and rotate the keys to match."""
+        self._check(index)
+        if not len(index):
+            return
+        old = torch.from_numpy(self._positions[index])
+        self._positions[index] += offset
+        new = torch.from_numpy(self._positions[index])
+        slots = torch.from_numpy(self._path.own(index)).to(self._pool.k.device)
+        for layer in range(self._pool.k.shape[0]):
+            k = self._pool.k[layer]
+            k[slots] = rotate_keys(k[slots], old, new, self._rotary)
+        self.tokens_moved += len(index)
+
+    def read(self, index: IntArray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copy K and V out."""
+        self._check(index, visible=True)
+        return self._pool.read(self._path.slots[index])
+
+    def write(self, index: IntArray, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Overwrite K and V."""
+        self._check(index)
+        expected = (self._pool.k.shape[0], len(index), *self._pool.k.shape[2:])
+        if tuple(k.shape) != expected or tuple(v.shape) != expected:
+            raise ValueError(f"K and V must have shape {expected}, got {tuple(k.shape)} and {tuple(v.shape)}")
+        self._pool.write(self._path.own(index), k, v)
+        self.tokens_moved += len(index)
+
+    def recompute(self, index: IntArray) -> None:
+        """Run tokens through the model again and overwrite their KV."""
+        self._check(index, ordinary=True)
+        if not len(index):
+            return
+        working, rows = self._working()
+        for part in self._chunks(index):
+            self._runner.forward(working, self._ids[part], self._positions[part], rows[part])
+        self._pool.write(self._path.own(index), working.k[:, rows[index]], working.v[:, rows[index]])
+        self.tokens_recomputed += len(index)
+
+    def deviation(self, index: IntArray, layer: int = 1) -> torch.Tensor:
+        """Relative change of one layer's KV under recomputation."""
+        self._check(index, ordinary=True)
+        if not 0 <= layer < self._runner.num_layers:
+            raise ValueError(f"layer must be in [0, {self._runner.num_layers}), got {layer}")
+        working, rows = self._working()
+        at = torch.from_numpy(rows[index])
+        before = torch.cat((working.k[layer, at], working.v[layer, at]), dim=-1).float()
+        for part in self._chunks(index):
+            self._runner.forward(working, self._ids[part], self._positions[part], rows[part], stop_layer=layer)
+        after = torch.cat((working.k[layer, at], working.v[layer, at]), dim=-1).float()
+        change = (after - before).flatten(1).norm(dim=1)
+        return (change / before.flatten(1).norm(dim=1).clamp_min(1e-12)).cpu()
+
+    def rebuild(self) -> None:
+        """Ask the engine to prefill the rest anew."""
+        self.rebuild_asked = True
+
+    def _working(self) -> tuple[WorkingSet, IntArray]:
+        """Gather what is visible now; rows[i] is the row of entry i (meaningless where hidden)."""
+        slots = self._path.slots
+        rows = np.cumsum(slots != NO_SLOT) - 1
+        return WorkingSet(self._pool, slots), rows
+
+    def _chunks(self, index: IntArray) -> list[IntArray]:
+        return [index[i : i + self._chunk] for i in range(0, len(index), self._chunk)]
+
+    def _check(self, index: IntArray, *, visible: bool = False, ordinary: bool = False) -> None:
+        if len(index) == 0:
+            return
+        if index[0] < 0 or index[-1] >= self.num_entries or np.any(np.diff(index) <= 0):
+            raise SpanError(f"entries must ascend inside [0, {self.num_entries}), got {index[0]} to {index[-1]}")
+        if (visible or ordinary) and np.any(self._path.slots[index] == NO_SLOT):
+            raise SpanError("some of the entries are hidden: they have no KV to read or recompute")
+        if ordinary and (np.any(is_tombstone(self._ids[index])) or np.any(self._in_span[index])):
+            raise SpanError(
+                "tombstones and erased spans cannot be recomputed: their text must not reach the model again"
+            )

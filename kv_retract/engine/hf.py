@@ -1,0 +1,288 @@
+"""Embedded engine: a transformers decoder over a paged, prefix-shared KV cache, on CPU or CUDA."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..cache.base import NO_SLOT, IntArray, ThreadKey
+from ..cache.keys import is_tombstone
+from ..cache.lease import Lease
+from ..cache.manager import CacheManager
+from ..cache.pool import PagedKVPool
+from ..cache.radix import RadixCache
+from ..errors import SpanError
+from ..types import EraseResult, Interval, SamplingParams
+from .base import Engine, ExtendResult, GeneratedToken, LogitsProcessor, SupportsErase
+from .edit import HFEditView
+from .sampling import Sampler
+from .support import inspect_model
+from .working import ModelRunner, WorkingSet
+
+
+class HFEngine(Engine):
+    """Runs one transformers causal LM for many threads.
+
+    Decoding streams of several threads may be open at once; their forward passes take turns. Memory is bounded: the
+    pool holds `max_tokens` tokens, and least recently used threads are evicted from it.
+
+    Args:
+        model: a causal LM, loaded with `attn_implementation="sdpa"` (or eager), in float32 or bfloat16.
+        max_tokens: size of the KV pool, in tokens.
+        page_size: tokens per page; 1 keeps edits exact to the token, larger pages leave the partial page at the end
+            of a thread uncached.
+        eviction: `lru` or `lfu`.
+        chunk_size: most tokens in one forward pass of a prefill.
+        name: how the model is called in messages and results.
+
+    Raises:
+        UnsupportedModelError: the model cannot be edited correctly.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        max_tokens: int = 65_536,
+        page_size: int = 1,
+        eviction: str = "lru",
+        chunk_size: int = 1024,
+        name: str = "",
+    ) -> None:
+        if max_tokens < page_size or chunk_size < 1:
+            raise ValueError(
+                f"max_tokens must be at least one page and chunk_size 1, got {max_tokens} and {chunk_size}"
+            )
+        self.model = model.eval()
+        self.spec, self._rotary = inspect_model(model, name=name)
+        self._runner = ModelRunner(model)
+        self._chunk = chunk_size
+        self._pool = PagedKVPool(
+            num_layers=self.spec.num_layers, num_kv_heads=self.spec.num_kv_heads, head_dim=self.spec.head_dim,
+            num_pages=max_tokens // page_size, page_size=page_size, dtype=model.dtype, device=self.spec.device,
+        )  # fmt: skip
+        self._manager = CacheManager(self._pool, RadixCache(page_size=page_size, eviction=eviction))
+        self._lock = threading.RLock()
+
+    def cached(self, key: ThreadKey) -> int:
+        """Return how many leading entries are cached."""
+        with self._lock:
+            return self._manager.match(key.ids, extra_key=key.extra_key)
+
+    def extend(self, key: ThreadKey, *, num_last: int = 1) -> ExtendResult:
+        """Prefill what is missing."""
+        with self._lock:
+            lease = self._manager.lease(key.ids, extra_key=key.extra_key)
+            try:
+                result, _ = self._prefill(lease, key, num_last)
+            except BaseException:
+                self._manager.release(lease, keep=lease.num_cached)
+                raise
+            self._manager.release(lease)
+            return result
+
+    def generate(
+        self, key: ThreadKey, sampling: SamplingParams, *, logits_processor: LogitsProcessor | None = None
+    ) -> Iterator[GeneratedToken]:
+        """Extend and decode."""
+        sampler = Sampler(sampling, self.spec.device)
+        with self._lock:
+            lease = self._manager.lease(key.ids, extra_key=key.extra_key)
+        filled = lease.num_cached
+        try:
+            with self._lock:
+                result, working = self._prefill(lease, key, 1)
+                self._manager.publish(lease)
+                filled = len(key)
+            ids: list[int] = []
+            logits, position = result.logits[0], key.next_position
+            room = self.spec.max_positions - position
+            while True:
+                if logits_processor is not None:
+                    logits = logits_processor(ids, logits)
+                token = sampler.sample(logits)
+                stopped = token in sampling.stop_token_ids
+                ids.append(token)
+                done = stopped or len(ids) >= min(sampling.max_tokens, room)
+                yield GeneratedToken(
+                    id=token,
+                    logprob=float(logits.log_softmax(-1)[token]) if sampling.logprobs else None,
+                    num_cached_tokens=result.num_cached_tokens,
+                    finish_reason="stop" if stopped else "length" if done else None,
+                )
+                if done:
+                    return
+                with self._lock:
+                    logits = self._decode(lease, working, token, position)
+                    filled += 1
+                position += 1
+        finally:
+            with self._lock:
+                self._manager.release(lease, keep=filled)
+
+    def erase(
+        self, key: ThreadKey, spans: Sequence[Interval], eraser: SupportsErase, new_key: ThreadKey
+    ) -> EraseResult:
+        """Edit and commit under the new key."""
+        _check_keys(key, spans, eraser, new_key)
+        started = time.perf_counter()
+        with self._lock:
+            cached = self._manager.match(key.ids, extra_key=key.extra_key)
+            # A span that eviction has cut in half goes as a whole: what is left of the path ends before it.
+            cached = min([cached, *(start for start, end in spans if start < cached < end)])
+            whole = [(start, end) for start, end in spans if end <= cached]
+            erased = sum(end - start for start, end in whole)
+            if not whole:
+                freed = self.drop(key, cached)
+                return EraseResult(eraser_id=eraser.eraser_id, slots_freed=freed, exact=True)
+            counts = self._edit(key, cached, whole, eraser, new_key)
+        return EraseResult(
+            eraser_id=eraser.eraser_id, tokens_erased=erased, exact=eraser.exact,
+            edit_ms=(time.perf_counter() - started) * 1e3, **counts,
+        )  # fmt: skip
+
+    def drop(self, key: ThreadKey, start: int) -> int:
+        """Forget the exclusive tail."""
+        with self._lock:
+            return self._manager.drop(key.ids, start, extra_key=key.extra_key)
+
+    def read_kv(self, key: ThreadKey, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copy K and V out."""
+        with self._lock:
+            slots = self._slots(key, start, end)
+            return self._pool.read(slots[slots != NO_SLOT])
+
+    def write_kv(self, key: ThreadKey, start: int, end: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Overwrite K and V in place, for everyone who shares the path."""
+        with self._lock:
+            slots = self._slots(key, start, end)
+            if np.any(slots == NO_SLOT):
+                raise SpanError(f"[{start}, {end}) holds hidden tombstones, which have no KV to write")
+            self._pool.write(slots, k, v)
+
+    def check_integrity(self) -> None:
+        """Check the conservation laws of pool and tree."""
+        with self._lock:
+            self._manager.check_integrity()
+
+    def tokens_in_use(self) -> int:
+        """Slots in use."""
+        with self._lock:
+            return self._manager.tokens_in_use()
+
+    @property
+    def manager(self) -> CacheManager:
+        """The cache itself, for benchmarks and tests; hold no lease across calls of the engine."""
+        return self._manager
+
+    def _prefill(self, lease: Lease, key: ThreadKey, num_last: int) -> tuple[ExtendResult, WorkingSet]:
+        """Run the uncached part of `key` (and at least `num_last` entries); the new KV is in the lease's slots."""
+        n, cached = len(key), lease.num_cached
+        if not 1 <= num_last <= n:
+            raise ValueError(f"num_last must be in [1, {n}] for a key of {n} entries, got {num_last}")
+        if key.next_position > self.spec.max_positions:
+            raise ValueError(
+                f"the thread needs {key.next_position} positions but model {self.spec.name!r} has "
+                f"{self.spec.max_positions}; shorten the thread"
+            )
+        start = min(cached, n - num_last)
+        cold = np.flatnonzero(is_tombstone(key.ids[start:]))
+        if len(cold):
+            raise SpanError(
+                f"entry {start + cold[0]} of the key is a tombstone that is not cached: its span must be left out of the "
+                "key before the thread can be prefilled"
+            )
+        new_slots = self._manager.append(lease, key.ids[cached:]) if cached < n else np.empty(0, np.int64)
+        working = WorkingSet(self._pool, lease.slots[:start], capacity=len(lease.slots))
+        rows = working.length + np.arange(n - start)
+        logits: list[torch.Tensor] = []
+        for at in range(0, n - start, self._chunk):
+            part = slice(at, min(at + self._chunk, n - start))
+            wanted = max(0, part.stop - max(part.start, n - start - num_last))
+            out = self._runner.forward(
+                working, key.ids[start:][part], key.positions[start:][part], rows[part], num_logits=max(wanted, 1)
+            )
+            assert out is not None, "no stop layer was asked for"
+            if wanted:
+                logits.append(out)
+        fresh = rows[cached - start :]
+        self._pool.write(new_slots, working.k[:, fresh], working.v[:, fresh])
+        result = ExtendResult(logits=torch.cat(logits), num_cached_tokens=start, num_prefilled_tokens=n - start)
+        return result, working
+
+    def _decode(self, lease: Lease, working: WorkingSet, token: int, position: int) -> torch.Tensor:
+        slot = self._manager.append(lease, np.array([token]))
+        row = np.array([working.length])
+        logits = self._runner.forward(working, np.array([token]), np.array([position]), row)
+        assert logits is not None, "no stop layer was asked for"
+        self._pool.write(slot, working.k[:, row], working.v[:, row])
+        return logits[0]
+
+    def _edit(
+        self, key: ThreadKey, cached: int, spans: list[Interval], eraser: SupportsErase, new_key: ThreadKey
+    ) -> dict[str, int]:
+        first = spans[0][0]
+        if cached < self._manager.match(key.ids, extra_key=key.extra_key):
+            self._manager.drop(key.ids, cached, extra_key=key.extra_key)
+        old = ThreadKey(key.ids[:cached], key.positions[:cached], key.extra_key)
+        with self._manager.open_edit(old.ids, extra_key=key.extra_key, start=first) as path:
+            view = HFEditView(old, spans, path, self._pool, self._runner, self._rotary, self._chunk)
+            eraser.erase(view)
+            if not view.rebuild_asked:
+                _check_positions(view.positions(), path.slots, new_key)
+                freed = path.commit(new_key.ids[:cached])
+        if view.rebuild_asked:
+            freed = self._manager.drop(key.ids, first, extra_key=key.extra_key)
+            left = cached - sum(end - start for start, end in spans)
+            rest = ThreadKey(new_key.ids[:left], new_key.positions[:left], key.extra_key)
+            view.tokens_recomputed += self.extend(rest).num_prefilled_tokens if left > first else 0
+        return {
+            "tokens_recomputed": view.tokens_recomputed,
+            "tokens_moved": view.tokens_moved,
+            "slots_copied": path.slots_copied,
+            "slots_freed": freed,
+        }
+
+    def _slots(self, key: ThreadKey, start: int, end: int) -> IntArray:
+        lease = self._manager.lease(key.ids, extra_key=key.extra_key)
+        try:
+            if not 0 <= start <= end <= lease.num_cached:
+                raise SpanError(
+                    f"[{start}, {end}) is not cached: of the key's {len(key)} entries {lease.num_cached} are"
+                )
+            return lease.slots[start:end].copy()
+        finally:
+            self._manager.release(lease, keep=lease.num_cached)
+
+
+def _check_keys(key: ThreadKey, spans: Sequence[Interval], eraser: SupportsErase, new_key: ThreadKey) -> None:
+    at = 0
+    for start, end in spans:
+        if not at <= start < end <= len(key):
+            raise SpanError(f"span [{start}, {end}) must follow entry {at} inside of a key of {len(key)} entries")
+        if np.any(is_tombstone(key.ids[start:end])):
+            raise SpanError(f"span [{start}, {end}) is retracted already, wholly or in part")
+        at = end
+    if not spans:
+        raise SpanError("no span to erase")
+    if not eraser.exact and len(new_key) != len(key):
+        raise ValueError(
+            f"{eraser.eraser_id} keeps lengths, but the new key has {len(new_key)} entries instead of {len(key)}"
+        )
+    if key.extra_key != new_key.extra_key:
+        raise ValueError(f"an edit cannot move a thread from namespace {key.extra_key!r} to {new_key.extra_key!r}")
+
+
+def _check_positions(positions: IntArray, slots: IntArray, new_key: ThreadKey) -> None:
+    visible = slots != NO_SLOT
+    wrong = np.flatnonzero(visible & (positions != new_key.positions[: len(positions)]))
+    if len(wrong):
+        raise ValueError(
+            f"after the edit entry {wrong[0]} is rotated for position {positions[wrong[0]]} but the new key says "
+            f"{new_key.positions[wrong[0]]}; does the eraser's closes_gap tell the truth?"
+        )

@@ -1,0 +1,166 @@
+"""The contiguous working copy of one thread's KV that a transformers model attends to.
+
+Pages are gathered once per forward run, not per token. New KV lands in the working copy, in rows the caller chooses:
+at the end (prefill, decode) or scattered in the middle (erasers that recompute part of a thread).
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from ..cache.base import NO_SLOT, IntArray
+from ..cache.pool import PagedKVPool
+
+
+class StopForwardError(Exception):
+    """Ends a forward pass once the layers of interest have written their KV; never leaves this package."""
+
+
+class WorkingSet:
+    """K and V of the visible entries of a thread, in order, with room to grow.
+
+    Rows are visible entries: row r is the r-th entry of the thread that has a slot.
+
+    Attributes:
+        k, v: Shape (num_layers, capacity, num_kv_heads, head_dim)
+        length: rows in use.
+    """
+
+    def __init__(self, pool: PagedKVPool, slots: IntArray, *, capacity: int = 0) -> None:
+        """Gather the entries of `slots` (NO_SLOT left out) from the pool; `capacity` rows are reserved."""
+        visible = torch.from_numpy(slots[slots != NO_SLOT]).to(pool.k.device)
+        self.length = len(visible)
+        layers, _, heads, dim = pool.k.shape
+        shape = (layers, max(capacity, self.length), heads, dim)
+        self.k, self.v = pool.k.new_empty(shape), pool.v.new_empty(shape)
+        for layer in range(layers):
+            torch.index_select(pool.k[layer], 0, visible, out=self.k[layer, : self.length])
+            torch.index_select(pool.v[layer], 0, visible, out=self.v[layer, : self.length])
+
+    def reserve(self, rows: int) -> None:
+        """Make room for `rows` rows in all; doubles, so that decoding copies each row a constant number of times."""
+        if rows <= self.k.shape[1]:
+            return
+        capacity = max(rows, 2 * self.k.shape[1])
+        for name in ("k", "v"):
+            old = getattr(self, name)
+            new = old.new_empty((old.shape[0], capacity, *old.shape[2:]))
+            new[:, : self.length] = old[:, : self.length]
+            setattr(self, name, new)
+
+
+class ModelRunner:
+    """Runs a transformers decoder over a working set; the only place that calls the model."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        parameters = inspect.signature(model.forward).parameters
+        # transformers 5.24 renamed the argument and deprecates the old name.
+        self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
+        self._keeps_logits = "logits_to_keep" in parameters
+        self.num_layers = int(model.config.num_hidden_layers)
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        working: WorkingSet,
+        ids: IntArray,
+        positions: IntArray,
+        rows: IntArray,
+        *,
+        num_logits: int = 1,
+        stop_layer: int | None = None,
+    ) -> torch.Tensor | None:
+        """Run tokens through the model and write their KV into `rows` of the working set.
+
+        Each token attends to all rows up to its own. Rows ascend; those at or past `working.length` extend it and
+        must be consecutive.
+
+        Args:
+            working: attended to and written.
+            ids: Shape: (n,)
+            positions: rotary positions. Shape: (n,)
+            rows: where their KV goes. Shape: (n,)
+            num_logits: return logits of so many last tokens.
+            stop_layer: stop once this layer has written its KV (attention of it not computed); no logits then.
+
+        Returns:
+            Shape: (num_logits, vocab_size), float32, or None with `stop_layer`.
+        """
+        n, end = len(ids), max(working.length, int(rows[-1]) + 1)
+        working.reserve(end)
+        device = working.k.device
+        where = torch.from_numpy(rows).to(device)
+        cache = Cache(layers=[_WorkingLayer(working, i, where, end, stop_layer) for i in range(self.num_layers)])
+        kwargs: dict[str, Any] = {self._cache_argument: cache, "use_cache": True}
+        if self._keeps_logits:
+            kwargs["logits_to_keep"] = num_logits
+        from_start = int(rows[0]) == 0 and end == n
+        last_only = n == 1 and int(rows[0]) == end - 1
+        if not (from_start or last_only):
+            kwargs["attention_mask"] = _mask(where, end, working.k.dtype)
+        try:
+            output = self.model(
+                input_ids=torch.from_numpy(np.ascontiguousarray(ids))[None].to(device),
+                position_ids=torch.from_numpy(np.ascontiguousarray(positions))[None].to(device),
+                **kwargs,
+            )
+        except StopForwardError:
+            return None
+        finally:
+            working.length = end
+        return output.logits[0, -num_logits:].float()  # type: ignore[no-any-return]
+
+
+class _WorkingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """One layer of a working set, in the form transformers models update."""
+
+    is_sliding = False
+
+    def __init__(self, working: WorkingSet, layer: int, rows: torch.Tensor, end: int, stop_layer: int | None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._working, self._layer, self._rows, self._end = working, layer, rows, end
+        self._stop = layer == stop_layer
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the new rows; return all rows. Shapes: (1, num_kv_heads, n, head_dim)."""
+        k, v = self._working.k[self._layer], self._working.v[self._layer]
+        k[self._rows] = key_states[0].transpose(0, 1).to(k.dtype)
+        v[self._rows] = value_states[0].transpose(0, 1).to(v.dtype)
+        if self._stop:
+            raise StopForwardError
+        return k[: self._end].transpose(0, 1)[None], v[: self._end].transpose(0, 1)[None]
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing to do: the working set is there."""
+
+    def get_seq_length(self) -> int:
+        """Rows before the new ones."""
+        return self._end - len(self._rows)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Rows in all, and the offset of the first."""
+        return self._end, 0
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """No maximum; the name that transformers used before 5.24."""
+        return -1
+
+
+def _mask(rows: torch.Tensor, end: int, dtype: torch.dtype) -> torch.Tensor:
+    """Additive mask: a token sees all rows up to its own. Shape: (1, 1, len(rows), end)."""
+    hidden = torch.arange(end, device=rows.device)[None] > rows[:, None]
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=rows.device)
+    return mask.masked_fill_(hidden, torch.finfo(dtype).min)[None, None]

@@ -1,0 +1,59 @@
+"""Errors that callers may meet. Each says what was expected, what came, and what to do; the CLI exits with 2 on them."""
+
+from __future__ import annotations
+
+
+class KVRetractError(Exception):
+    """Base of all errors that kv-retract raises on purpose."""
+
+
+class UnknownNameError(KVRetractError, KeyError):
+    """A registry does not know the name."""
+
+    def __str__(self) -> str:
+        """Return the message itself; KeyError would quote it."""
+        return str(self.args[0]) if self.args else ""
+
+
+class DuplicateNameError(KVRetractError, ValueError):
+    """A registry already holds the name."""
+
+
+class MessageError(KVRetractError, ValueError):
+    """A message is not in a form that can be rendered."""
+
+
+class SpanError(KVRetractError, ValueError):
+    """A span lies outside of the thread or cannot be located in it."""
+
+
+class UnsupportedModelError(KVRetractError, NotImplementedError):
+    """The model has a mechanism that cannot be edited correctly."""
+
+
+class PoolExhaustedError(KVRetractError, MemoryError):
+    """The KV pool cannot hold the thread, even after eviction."""
+
+
+class CacheIntegrityError(KVRetractError, AssertionError):
+    """A conservation law of the cache is broken: a slot is lost, shared twice or leaked."""
+
+
+class ThreadBusyError(KVRetractError, RuntimeError):
+    """The thread is decoding; it cannot be edited now."""
+
+
+class LedgerError(KVRetractError, ValueError):
+    """A ledger file is corrupt, unreadable or of another version."""
+
+
+class TraceError(KVRetractError, ValueError):
+    """A trace, or one line of it, cannot be read."""
+
+
+class PolicyError(KVRetractError, RuntimeError):
+    """A policy failed or proposed something malformed."""
+
+
+class OutputExistsError(KVRetractError, FileExistsError):
+    """An output folder is there already; results are never overwritten."""

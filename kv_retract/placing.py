@@ -1,0 +1,208 @@
+"""Where proposals stand: joined in the text, trimmed to what is not retracted yet, located in the tokens.
+
+Characters of a part are counted as in `SpanRef`, except that the name of a tool call counts as the character before
+its arguments: a whole call is (-1, length).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from bisect import insort
+from collections.abc import Iterable, Sequence, Sized
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+from .errors import SpanError
+from .spans import clip, subtract, union
+from .types import Dropped, Guarantee, Interval, Message, Retraction, RetractionRecord, Scope, SpanRef, Status
+
+_Part: TypeAlias = tuple[int, str, int]
+
+
+class SupportsIntervals(Protocol):
+    """What the planner needs of a rendered thread."""
+
+    @property
+    def ids(self) -> Sized:
+        """Token ids of the whole thread."""
+
+    def interval(self, ref: SpanRef, /) -> Interval:
+        """Tokens that hold the span; raises SpanError where it cannot be located."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A retraction and the tokens where it stands."""
+
+    retraction: Retraction
+    start: int
+    end: int
+    why_exact: str = ""
+
+
+def merge(
+    proposals: Iterable[Retraction],
+    messages: Sequence[Message],
+    records: Sequence[RetractionRecord],
+    dropped: list[Dropped],
+) -> list[Retraction]:
+    """Join the proposals that overlap in one part; return them in order of (message, part, call, start).
+
+    Characters that a revoked record covers are left out of the proposals of its policies, `explicit` aside.
+    """
+    revoked = [record for record in records if record.status is Status.REVOKED]
+    names = {name for record in revoked for name in record.policy.split("+")} - {"explicit"}
+    vetoed = {name: _covered((r for r in revoked if name in r.policy.split("+")), messages) for name in names}
+    ranged = []
+    for proposal in proposals:
+        veto = vetoed.get(proposal.policy, {}).get(_part(proposal.span), ())
+        pieces = subtract(_characters(proposal.span, messages), veto)
+        if not pieces:
+            dropped.append(drop(proposal, "revoked earlier"))
+        ranged += [(proposal, piece) for piece in pieces]
+    ranged.sort(key=lambda pair: (_part(pair[0].span), pair[1], pair[0].policy, pair[0].reason))
+    groups: list[list[Retraction]] = []
+    extents: list[Interval] = []
+    for proposal, (start, end) in ranged:
+        if groups and _part(groups[-1][0].span) == _part(proposal.span) and start < extents[-1][1]:
+            groups[-1].append(proposal)
+            extents[-1] = (extents[-1][0], max(extents[-1][1], end))
+        else:
+            groups.append([proposal])
+            extents.append((start, end))
+    return [_with_characters(_join(g), extent, messages) for g, extent in zip(groups, extents, strict=True)]
+
+
+def without_retracted(
+    retractions: Iterable[Retraction],
+    messages: Sequence[Message],
+    records: Sequence[RetractionRecord],
+    dropped: list[Dropped],
+) -> list[Retraction]:
+    """Trim the retractions to the characters that no standing record covers; one may fall into pieces.
+
+    A whole tool call of which a part is retracted keeps its name: only what is left of its arguments is retracted.
+    """
+    standing = [record for record in records if record.status is not Status.REVOKED]
+    covered = _covered(standing, messages)
+    result = []
+    for retraction in retractions:
+        extent = _characters(retraction.span, messages)
+        pieces = subtract(extent, covered.get(_part(retraction.span), ()))
+        if pieces != [extent]:
+            pieces = [(max(start, 0), end) for start, end in pieces if end > max(start, 0)]
+        if not pieces:
+            dropped.append(drop(retraction, _why_covered(retraction, standing)))
+        for number, piece in enumerate(pieces):
+            trimmed = _with_characters(retraction, piece, messages)
+            # The notice is said once, with the first piece.
+            result.append(trimmed if number == 0 else dataclasses.replace(trimmed, notice=None))
+    return result
+
+
+def locate(
+    retractions: Iterable[Retraction],
+    rendering: SupportsIntervals,
+    records: Sequence[RetractionRecord],
+    dropped: list[Dropped],
+) -> list[Place]:
+    """Find the tokens of each retraction; return the places in token order, apart from each other and from records.
+
+    Raises:
+        SpanError: one by the policy `explicit` cannot be located.
+    """
+    taken = union(_record_intervals(rendering, records))
+    places = []
+    for retraction in retractions:
+        try:
+            interval = rendering.interval(retraction.span)
+        except SpanError as error:
+            refuse(retraction, str(error), error, dropped)
+            continue
+        start, end = clip(interval, taken)
+        if start == end:
+            dropped.append(drop(retraction, "empty: no tokens of its own"))
+            continue
+        insort(taken, (start, end))
+        places.append(Place(retraction, start, end))
+    return sorted(places, key=lambda place: place.start)
+
+
+def drop(retraction: Retraction, why: str) -> Dropped:
+    """Say why a retraction is not planned."""
+    return Dropped(span=retraction.span, policy=retraction.policy, why=why)
+
+
+def refuse(retraction: Retraction, why: str, error: SpanError, dropped: list[Dropped]) -> None:
+    """Drop a retraction whose span is wrong; raise instead where the caller named the span (policy `explicit`)."""
+    if "explicit" in retraction.policy.split("+"):
+        raise SpanError(f"policy {retraction.policy!r}: {why}") from error
+    dropped.append(drop(retraction, f"bad span: {why}"))
+
+
+def _part(span: SpanRef) -> _Part:
+    return span.message, span.part, span.call if span.part == "tool_call" else 0
+
+
+def _characters(span: SpanRef, messages: Sequence[Message]) -> Interval:
+    message = messages[span.message]
+    if span.part == "content":
+        return span.start, len(message.content) if span.end is None else span.end
+    length = len(message.tool_calls[span.call].arguments)
+    if span.start == 0 and span.end is None:
+        return -1, length
+    return span.start, length if span.end is None else span.end
+
+
+def _with_characters(retraction: Retraction, extent: Interval, messages: Sequence[Message]) -> Retraction:
+    """Name the same place always alike, since records are identified by their span: `end` is None for a whole part."""
+    message, part, call = _part(retraction.span)
+    whole = SpanRef(message, retraction.span.part, call)
+    span = whole
+    if _characters(whole, messages) != extent:
+        span = dataclasses.replace(whole, start=max(extent[0], 0), end=extent[1])
+    return retraction if span == retraction.span else dataclasses.replace(retraction, span=span)
+
+
+def _covered(records: Iterable[RetractionRecord], messages: Sequence[Message]) -> dict[_Part, list[Interval]]:
+    covered: dict[_Part, list[Interval]] = {}
+    for record in records:
+        covered.setdefault(_part(record.span), []).append(_characters(record.span, messages))
+    return covered
+
+
+def _why_covered(retraction: Retraction, standing: Sequence[RetractionRecord]) -> str:
+    steered = any(_part(r.span) == _part(retraction.span) and r.status is Status.STEERED for r in standing)
+    if retraction.guarantee is Guarantee.EXACT and steered:
+        return "already retracted, but steered: heal the thread to make it exact"
+    return "already retracted"
+
+
+def _record_intervals(rendering: SupportsIntervals, records: Iterable[RetractionRecord]) -> list[Interval]:
+    intervals = []
+    for record in records:
+        if record.status is Status.REVOKED:
+            continue
+        try:
+            intervals.append(rendering.interval(record.span))
+        except SpanError:
+            # The template no longer shows the span (the reasoning of earlier turns), so nothing can overlap it.
+            continue
+    return intervals
+
+
+def _join(group: Sequence[Retraction]) -> Retraction:
+    if len(group) == 1:
+        return group[0]
+    exact = any(r.guarantee is Guarantee.EXACT for r in group)
+    scopes = {r.scope or (Scope.THREAD if r.guarantee is Guarantee.EXACT else Scope.BRANCH) for r in group}
+    notices = dict.fromkeys(r.notice for r in group if r.notice)
+    return Retraction(
+        span=group[0].span,
+        policy="+".join(dict.fromkeys(r.policy for r in group)),
+        reason="; ".join(dict.fromkeys(r.reason for r in group)),
+        guarantee=Guarantee.EXACT if exact else Guarantee.STEERED,
+        scope=Scope.THREAD if Scope.THREAD in scopes else Scope.BRANCH,
+        confidence=max(r.confidence for r in group),
+        notice="\n".join(notices) or None,
+    )

@@ -1,0 +1,206 @@
+"""From proposals to a plan: protect, merge, trim, choose exact or steered, keep within the budget."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from .errors import SpanError
+from .ledger.ledger import record_for
+from .placing import Place, SupportsIntervals, drop, locate, merge, refuse, without_retracted
+from .spans import check_span
+from .types import Dropped, Guarantee, Message, PlannedSpan, Retraction, RetractionPlan, RetractionRecord
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EraserFacts:
+    """What the planner needs to know of an eraser."""
+
+    eraser_id: str
+    closes_gap: bool = False
+    exact: bool = False
+    """Whether the edit equals a fresh prefill without the span."""
+    recomputed: Callable[[int, int, int], int] = lambda prefix, span, suffix: 0
+    """`(prefix, span, suffix)` in tokens -> tokens that the edit sends through the model."""
+
+
+@dataclass(kw_only=True)
+class Planner:
+    """Turns what policies propose into what will be done; keeps no state between plans."""
+
+    protect_system: bool = True
+    """Whether system messages are never retracted."""
+    protect_newest_user: bool = True
+    """Whether the newest user message is never retracted; the newest tool result may be."""
+    exact_suffix: int = 64
+    """With at most this many cached tokens after a span the suffix is recomputed: exact, and cheaper than an edit.
+    0 turns this off."""
+    budget: int | None = None
+    """Most tokens that the edits of one step may send through the model, those with `Guarantee.EXACT` not counted.
+    Spans beyond it are dropped; policies propose them again before the next step."""
+    min_guarantee: Guarantee = Guarantee.STEERED
+    """Weakest guarantee of every planned span; it may only strengthen what a policy asks for."""
+
+    def __post_init__(self) -> None:
+        """Check the fields; raises ValueError."""
+        self.min_guarantee = Guarantee(self.min_guarantee)
+        if self.exact_suffix < 0 or (self.budget is not None and self.budget < 0):
+            raise ValueError(
+                f"expected exact_suffix and budget of at least 0 tokens, got {self.exact_suffix!r} and {self.budget!r}"
+            )
+
+    def plan(
+        self,
+        proposals: Sequence[Retraction],
+        *,
+        thread_id: str,
+        messages: Sequence[Message],
+        rendering: SupportsIntervals,
+        records: Sequence[RetractionRecord],
+        num_cached: int,
+        eraser: EraserFacts,
+        now: str | None = None,
+    ) -> RetractionPlan:
+        """Plan one step of one thread; changes nothing.
+
+        Args:
+            proposals: of all policies, in any order; the plan does not depend on it.
+            thread_id: label of the thread.
+            messages: all messages of the thread.
+            rendering: the thread rendered, originals in place.
+            records: retractions that stand in these messages, `span.message` as of now. Those with `Status.REVOKED`
+                are vetoes: their policies cannot retract these characters again; `explicit` always may.
+            num_cached: how many leading tokens of `rendering` are cached.
+            eraser: the session's eraser.
+            now: ISO 8601 in UTC for the new records; by default the clock.
+
+        Raises:
+            SpanError: a span of the policy `explicit` is not in the messages or cannot be located in the rendering.
+                Such spans of other policies are dropped.
+        """
+        dropped: list[Dropped] = []
+        admitted = self._admitted(proposals, messages, dropped)
+        merged = merge(admitted, messages, records, dropped)
+        places = locate(without_retracted(merged, messages, records, dropped), rendering, records, dropped)
+        chosen = self._choose(places, num_cached, eraser, dropped)
+        now = now or datetime.now(UTC).isoformat(timespec="seconds")
+        spans = tuple(
+            PlannedSpan(
+                record=record_for(
+                    place.retraction,
+                    messages,
+                    thread_id=thread_id,
+                    eraser_id=eraser.eraser_id,
+                    closes_gap=eraser.closes_gap,
+                    exact=bool(place.why_exact) or eraser.exact,
+                    now=now,
+                    span_tokens=place.end - place.start,
+                ),
+                start=place.start,
+                end=place.end,
+                exact=bool(place.why_exact) or eraser.exact,
+                why_exact=place.why_exact,
+            )
+            for place in chosen
+        )
+        return RetractionPlan(
+            thread_id=thread_id,
+            spans=spans,
+            dropped=tuple(dropped),
+            eraser_id=eraser.eraser_id,
+            num_tokens=len(rendering.ids),
+            num_cached_tokens=num_cached,
+        )
+
+    def _admitted(
+        self, proposals: Iterable[Retraction], messages: Sequence[Message], dropped: list[Dropped]
+    ) -> list[Retraction]:
+        newest_user = max((i for i, m in enumerate(messages) if m.role == "user"), default=-1)
+        admitted = []
+        for proposal in proposals:
+            span = proposal.span
+            try:
+                length = check_span(span, messages)
+            except SpanError as error:
+                refuse(proposal, str(error), error, dropped)
+                continue
+            whole_call = span.part == "tool_call" and span.start == 0 and span.end is None
+            if self.protect_system and messages[span.message].role == "system":
+                dropped.append(drop(proposal, "protected: system prompt"))
+            elif self.protect_newest_user and span.message == newest_user:
+                dropped.append(drop(proposal, "protected: newest user message"))
+            elif span.start == (length if span.end is None else span.end) and not whole_call:
+                dropped.append(drop(proposal, "empty"))
+            else:
+                guarantee = proposal.guarantee.stronger(self.min_guarantee)
+                admitted.append(dataclasses.replace(proposal, guarantee=guarantee))
+        return admitted
+
+    def _choose(
+        self, places: Sequence[Place], num_cached: int, eraser: EraserFacts, dropped: list[Dropped]
+    ) -> list[Place]:
+        """Decide for each place, last first: an earlier edit costs what the later ones cost, and more."""
+        demanded = min((p.start for p in places if p.retraction.guarantee is Guarantee.EXACT), default=num_cached)
+        state = _Edit(limit=min(demanded, num_cached))
+        chosen = []
+        for place in reversed(places):
+            why = self._why_exact(place, num_cached, demanded, eraser)
+            free = why in ("guarantee", "not cached") or place.start > demanded
+            after = state if free else state.with_place(place, exact=bool(why) or eraser.exact, eraser=eraser)
+            if self.budget is not None and after.cost > self.budget:
+                dropped.append(drop(place.retraction, "over budget"))
+                continue
+            state = after
+            chosen.append(dataclasses.replace(place, why_exact=why))
+        chosen.reverse()
+        return _exact_from_first(chosen)
+
+    def _why_exact(self, place: Place, num_cached: int, demanded: int, eraser: EraserFacts) -> str:
+        if place.retraction.guarantee is Guarantee.EXACT:
+            return "guarantee"
+        if place.end > num_cached:
+            return "not cached"
+        if place.start > demanded:
+            return "follows an exact span"
+        if not eraser.exact and 0 < self.exact_suffix >= num_cached - place.end:
+            return "short suffix"
+        return ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Edit:
+    """The edit of one step as far as it is chosen, built from its end to its beginning."""
+
+    limit: int
+    """Where the cached suffix ends: what follows is recomputed or prefilled whatever is chosen."""
+    steered_tokens: int = 0
+    """In steered spans."""
+    exact_cost: int = 0
+    steered_cost: int = 0
+
+    @property
+    def cost(self) -> int:
+        """Tokens through the model."""
+        return self.exact_cost + self.steered_cost
+
+    def with_place(self, place: Place, *, exact: bool, eraser: EraserFacts) -> _Edit:
+        """Return the edit with one more place, which lies before all others."""
+        if exact:
+            recomputed = max(0, self.limit - place.end)
+            return dataclasses.replace(self, limit=place.start, exact_cost=self.exact_cost + recomputed)
+        tokens = self.steered_tokens + place.end - place.start
+        suffix = max(0, self.limit - place.start - tokens)
+        return dataclasses.replace(
+            self, steered_tokens=tokens, steered_cost=eraser.recomputed(place.start, tokens, suffix)
+        )
+
+
+def _exact_from_first(places: Sequence[Place]) -> list[Place]:
+    found, result = False, []
+    for place in places:
+        why = place.why_exact or ("follows an exact span" if found else "")
+        found = found or bool(why)
+        result.append(dataclasses.replace(place, why_exact=why))
+    return result

@@ -1,0 +1,47 @@
+"""Contract of a policy: read the messages, propose what to take back. Policies never see tensors."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..registry import Registry
+from ..types import Message, Retraction, RetractionRecord
+
+POLICIES: Registry[RetractionPolicy] = Registry("policy", "kv_retract.policies")
+register_policy = POLICIES.register
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyContext:
+    """What a policy may look at, before one step of one thread."""
+
+    thread_id: str
+    messages: Sequence[Message]
+    """All messages of the thread, oldest first; not to be changed."""
+    records: Sequence[RetractionRecord] = ()
+    """Retractions that apply to these messages already; `span.message` is the index in `messages`."""
+
+    def is_retracted(self, message: int) -> bool:
+        """Whether the whole content of a message is taken back already."""
+        return any(
+            r.span.message == message and r.span.part == "content" and r.span.start == 0 and r.span.end is None
+            for r in self.records
+        )
+
+
+@dataclass(kw_only=True)
+class RetractionPolicy(ABC):
+    """A detector; the dataclass fields are its parameters.
+
+    `propose` is called before every step, also again for the same messages (retries, interrupts, forks): it must
+    depend on its arguments only, have no side effects, and may propose what is retracted already (it is ignored).
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def propose(self, ctx: PolicyContext) -> list[Retraction]:
+        """Return the spans to take back; empty where there is nothing."""

@@ -1,0 +1,78 @@
+"""Arithmetic on spans: ranges of characters in a message part, and intervals of tokens. All half-open."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+
+from .errors import SpanError
+from .types import Interval, Message, SpanRef
+
+
+def check_span(span: SpanRef, messages: Sequence[Message]) -> int:
+    """Return the length of the part that a span lies in, in characters.
+
+    Raises:
+        SpanError: no such message or part, or the range is not inside of it.
+    """
+    if not (isinstance(span.message, int) and 0 <= span.message < len(messages)):
+        raise SpanError(f"expected a message from 0 to {len(messages) - 1}, got {span.message!r}")
+    message = messages[span.message]
+    if span.part == "content":
+        length = len(message.content)
+    elif span.part == "tool_call":
+        if not 0 <= span.call < len(message.tool_calls):
+            raise SpanError(
+                f"message {span.message} ({message.role}) has {len(message.tool_calls)} tool calls, "
+                f"got call {span.call!r}"
+            )
+        length = len(message.tool_calls[span.call].arguments)
+    else:
+        raise SpanError(f"expected part 'content' or 'tool_call', got {span.part!r}")
+    end = length if span.end is None else span.end
+    if not 0 <= span.start <= end <= length:
+        raise SpanError(
+            f"expected a range inside of the {length} characters of message {span.message} ({span.part}), "
+            f"got [{span.start!r}, {span.end!r})"
+        )
+    return length
+
+
+def subtract(interval: Interval, covered: Iterable[Interval]) -> list[Interval]:
+    """Return what of `interval` is in none of `covered`, in order; empty pieces are left out."""
+    start, end = interval
+    pieces = []
+    for low, high in sorted(covered):
+        if high <= start or low >= end or low >= high:
+            continue
+        if low > start:
+            pieces.append((start, low))
+        start = max(start, high)
+    if start < end:
+        pieces.append((start, end))
+    return pieces
+
+
+def union(intervals: Iterable[Interval]) -> list[Interval]:
+    """Return the intervals sorted, those that overlap joined, empty ones left out."""
+    joined: list[Interval] = []
+    for start, end in sorted(intervals):
+        if start >= end:
+            continue
+        if joined and start < joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(joined[-1][1], end))
+        else:
+            joined.append((start, end))
+    return joined
+
+
+def clip(interval: Interval, taken: Sequence[Interval]) -> Interval:
+    """Return the first free part of `interval` where `taken` (sorted, apart) stands already; (start, start) if none.
+
+    Neighboring spans of characters may share one token that straddles their border. It belongs to the span that was
+    there first.
+    """
+    first = max(0, bisect_left(taken, interval) - 1)
+    last = bisect_left(taken, (interval[1], interval[1]), lo=first)
+    free = subtract(interval, taken[first:last])
+    return free[0] if free else (interval[0], interval[0])

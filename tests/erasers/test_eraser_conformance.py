@@ -1,0 +1,30 @@
+"""The public conformance suite over every built-in eraser."""
+
+import pytest
+
+from kv_retract.erasers import (
+    ERASERS,
+    ErratumEraser,
+    MaskEraser,
+    NoneEraser,
+    RecomputeEraser,
+    RepairEraser,
+    SelectiveEraser,
+    ShiftEraser,
+)
+from kv_retract.testing.erasers import EraserConformance
+
+BUILT_IN = [
+    ErratumEraser(), MaskEraser(), NoneEraser(), RecomputeEraser(), RepairEraser(tokens=6), SelectiveEraser(), ShiftEraser(),
+]  # fmt: skip
+
+
+class TestBuiltIn(EraserConformance):
+    @pytest.fixture(params=BUILT_IN, ids=lambda e: e.name)
+    def eraser(self, request):
+        return request.param
+
+
+def test_every_registered_eraser_is_held_to_the_suite():
+    assert {e.name for e in BUILT_IN} == set(ERASERS.names())
+    assert all(isinstance(ERASERS.create(e.name), type(e)) for e in BUILT_IN)

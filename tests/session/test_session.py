@@ -1,0 +1,385 @@
+"""The session: one agent step on the real engine, and what must hold whatever is lost (D1 to D4)."""
+
+import dataclasses
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+
+from kv_retract import (
+    Guarantee,
+    KVRetractSession,
+    Message,
+    Planner,
+    Retraction,
+    RetractionPolicy,
+    SamplingParams,
+    Scope,
+    SpanRef,
+    SqliteLedger,
+    Status,
+    ToolCall,
+)
+from kv_retract.errors import PolicyError, SpanError, ThreadBusyError
+from kv_retract.testing.spy import prefilled_texts
+
+SHORT = SamplingParams(max_tokens=4)
+
+
+def thread(n=8):
+    """Turns with one tool result in each pair; every message carries a marker of its own."""
+    messages = [Message("system", "You are a helpful agent. marker-0")]
+    for i in range(1, n):
+        if i % 2:
+            messages.append(Message("user", f"Please look up item {i} for me. marker-{i}"))
+        else:
+            messages.append(Message("assistant", f"The answer for item {i} is {i * 37}, as the list shows. marker-{i}"))
+    return messages
+
+
+def of_message(i, **kw):
+    return Retraction(**{"span": SpanRef(i), "policy": "explicit", "reason": "test", **kw})
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return KVRetractSession.from_pretrained("random", max_tokens=4096)
+
+
+def session_on(loaded, name, **kw):
+    """A session of its own namespace on the shared engine."""
+    kw.setdefault("planner", Planner(exact_suffix=0))
+    return KVRetractSession(loaded.engine, loaded.renderer, extra_key=name, **kw)
+
+
+@pytest.mark.parametrize("eraser", ["mask", "shift", "repair", "selective", "none", "erratum", "recompute"])
+def test_a_retracted_message_changes_the_next_step_only_through_the_eraser(loaded, eraser, request):
+    session = session_on(loaded, request.node.name, eraser=eraser)
+    messages = thread()
+    session.step("t", messages, sampling=SHORT)
+    plan = session.retract("t", messages, proposals=[of_message(2)])
+    assert len(plan.spans) == 1 and not plan.dropped
+    result = session.last_erase("t")
+    assert result.tokens_erased == plan.spans[0].end - plan.spans[0].start
+    with prefilled_texts(session) as texts:
+        step = session.step("t", [*messages, Message("assistant", "ok"), Message("user", "and now?")], sampling=SHORT)
+    assert "marker-2" not in "".join(texts)
+    assert step.retraction_ids == (plan.spans[0].record.retraction_id,)
+    assert step.num_cached_tokens > plan.spans[0].end * 0.5
+    assert session.history("t")[0].status is (Status.EXACT if eraser == "recompute" else Status.STEERED)
+    session.engine.check_integrity()
+
+
+def test_exact_equals_a_thread_that_never_had_the_text(loaded, request):
+    session = session_on(loaded, request.node.name)
+    messages = thread()
+    session.step("t", messages, sampling=SHORT)
+    plan = session.retract("t", messages, proposals=[of_message(2, guarantee=Guarantee.EXACT)])
+    (span,) = plan.spans
+    key = session.key("t", messages)
+    ids = session.renderer.render(messages).ids
+    fresh = np.concatenate([ids[: span.start], ids[span.end :]])
+    assert np.array_equal(key.ids, fresh)
+    with torch.inference_mode():
+        want = loaded.engine.model(input_ids=torch.from_numpy(fresh)[None], use_cache=False).logits[0, -1].float()
+    torch.testing.assert_close(session.engine.extend(key).logits[0], want, atol=1e-4, rtol=0)
+    assert span.record.scope is Scope.THREAD, "an exact retraction holds in earlier forks too, unless told otherwise"
+
+
+def test_applying_a_plan_twice_changes_nothing(loaded, request):
+    session = session_on(loaded, request.node.name)
+    messages = thread()
+    session.step("t", messages, sampling=SHORT)
+    proposals = [of_message(2), of_message(4)]
+    first = session.retract("t", messages, proposals=proposals)
+    key, history = session.key("t", messages), session.history("t")
+    used = session.engine.tokens_in_use()
+    second = session.retract("t", messages, proposals=proposals)
+    assert len(first.spans) == 2 and not second.spans
+    assert {d.why for d in second.dropped} == {"already retracted"}
+    assert np.array_equal(session.key("t", messages).ids, key.ids)
+    assert session.history("t") == history
+    assert session.engine.tokens_in_use() == used
+    assert session.last_erase("t") is None
+
+
+def test_after_eviction_the_span_is_left_out_and_the_thread_becomes_exact(loaded, request):
+    session = session_on(loaded, request.node.name)
+    messages = thread()
+    session.step("t", messages, sampling=SHORT)
+    session.retract("t", messages, proposals=[of_message(2), of_message(5)])
+    steered = session.key("t", messages)
+    session.engine.drop(steered, int(np.flatnonzero(steered.ids < 0)[-1]))
+    with prefilled_texts(session) as texts:
+        session.step("t", messages, sampling=SHORT)
+    assert "marker-5" not in "".join(texts) and "marker-6" in "".join(texts)
+    assert [r.status for r in session.history("t")] == [Status.STEERED, Status.EXACT]
+    assert (session.key("t", messages).ids < 0).any(), "the first one is still cached, and still steered"
+
+
+def test_after_a_restart_the_ledger_alone_keeps_the_text_out(loaded, request, tmp_path):
+    path, messages = tmp_path / "ledger.sqlite", thread()
+    session = session_on(loaded, request.node.name, ledger=path)
+    session.step("t", messages, sampling=SHORT)
+    session.retract("t", messages, proposals=[of_message(2)])
+    session.ledger.close()
+    code = f"""
+        from kv_retract import KVRetractSession, SamplingParams
+        from kv_retract.testing.spy import prefilled_texts
+        from kv_retract.types import Message
+        session = KVRetractSession.from_pretrained("random", max_tokens=2048, ledger={str(path)!r})
+        messages = [Message(role, text) for role, text in {[(m.role, m.content) for m in messages]!r}]
+        with prefilled_texts(session) as texts:
+            session.step("t", messages, sampling=SamplingParams(max_tokens=2))
+        text = "".join(texts)
+        assert "marker-2" not in text and "marker-3" in text, text
+        print([r.status.value for r in session.history("t")])
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['exact']"
+    with SqliteLedger(path) as reopened:
+        assert reopened.records("t")[0].status is Status.EXACT
+
+
+def test_a_fork_after_the_retraction_never_prefills_the_text(loaded, request):
+    session = session_on(loaded, request.node.name)
+    messages = thread()
+    session.step("t", messages, sampling=SHORT)
+    session.retract("t", messages, proposals=[of_message(2)])
+    session.fork("t", "fork")
+    with prefilled_texts(session) as texts:
+        step = session.step(
+            "fork", [*messages, Message("assistant", "x"), Message("user", "other way")], sampling=SHORT
+        )
+    assert "marker-2" not in "".join(texts)
+    assert step.num_cached_tokens > 100, "the fork shares the edited path"
+
+
+def test_a_fork_from_before_the_retraction_sees_what_it_saw_then(loaded, request):
+    session = session_on(loaded, request.node.name)
+    messages = thread()
+    earlier = session.step("t", messages[:4], sampling=SHORT)
+    session.step("t", messages, sampling=SHORT)
+    session.retract("t", messages, proposals=[of_message(2)])
+    again = session.step("t", messages[:4], sampling=SHORT)
+    assert again.token_ids == earlier.token_ids and again.retraction_ids == ()
+    other = [*messages[:4], Message("assistant", "different"), Message("user", "branch")]
+    assert session.step("t", other, sampling=SHORT).retraction_ids == ()
+    assert len(session.step("t", messages, sampling=SHORT).retraction_ids) == 1
+
+
+def test_thread_scope_reaches_earlier_forks(loaded, request):
+    session = session_on(loaded, request.node.name)
+    messages = thread()
+    session.step("t", messages, sampling=SHORT)
+    session.retract("t", messages, proposals=[of_message(2, scope=Scope.THREAD)])
+    assert len(session.step("t", messages[:4], sampling=SHORT).retraction_ids) == 1
+
+
+def test_pruning_older_messages_does_not_bring_a_retracted_text_back(loaded, request):
+    session = session_on(loaded, request.node.name)
+    messages = thread()
+    session.step("t", messages, sampling=SHORT)
+    session.retract("t", messages, proposals=[of_message(4)])
+    pruned = [messages[0], *messages[3:], Message("assistant", "ok"), Message("user", "go on")]
+    with prefilled_texts(session) as texts:
+        assert len(session.step("t", pruned, sampling=SHORT).retraction_ids) == 1
+    assert "marker-4" not in "".join(texts) and "marker-5" in "".join(texts)
+
+
+def test_a_change_of_tools_rebuilds_the_thread_without_the_text(loaded, request):
+    session = session_on(loaded, request.node.name)
+    messages = thread()
+    session.step("t", messages, sampling=SHORT)
+    session.retract("t", messages, proposals=[of_message(2)])
+    tools = [
+        {
+            "type": "function",
+            "function": {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}},
+        }
+    ]
+    with prefilled_texts(session) as texts:
+        session.step("t", messages, tools=tools, sampling=SHORT)
+    assert "marker-2" not in "".join(texts) and "marker-3" in "".join(texts)
+
+
+def test_part_of_a_message(loaded, request):
+    session = session_on(loaded, request.node.name)
+    messages = thread()
+    session.step("t", messages, sampling=SHORT)
+    text = messages[2].content
+    span = SpanRef(2, start=text.index("is "), end=text.index(", as"))
+    session.retract("t", messages, proposals=[of_message(2, span=span)])
+    session.engine.drop(session.key("t", messages), 0)
+    with prefilled_texts(session) as texts:
+        session.step("t", messages, sampling=SHORT)
+    seen = "".join(texts)
+    assert "marker-2" in seen and "The answer for item 2" in seen and "is 74" not in seen
+
+
+def test_tool_call_arguments_and_result_are_retracted_together(loaded, request):
+    session = session_on(loaded, request.node.name)
+    messages = [
+        Message("system", "sys"),
+        Message("user", "What is the fare to Oslo?"),
+        Message("assistant", "", tool_calls=(ToolCall("c1", "get_fare", '{"city": "Bergen-zz1"}'),)),
+        Message("tool", '{"fare": "zz2-440"}', tool_call_id="c1", name="get_fare"),
+        Message("assistant", "", tool_calls=(ToolCall("c2", "get_fare", '{"city": "Oslo"}'),)),
+        Message("tool", '{"fare": 380}', tool_call_id="c2", name="get_fare"),
+    ]
+    session.step("t", messages, sampling=SHORT)
+    plan = session.retract("t", messages, proposals=[of_message(2, span=SpanRef(2, part="tool_call")), of_message(3)])
+    assert len(plan.spans) == 2
+    session.engine.drop(session.key("t", messages), 0)
+    with prefilled_texts(session) as texts:
+        session.step("t", messages, sampling=SHORT)
+    seen = "".join(texts)
+    assert "zz1" not in seen and "zz2" not in seen and "Oslo" in seen and "380" in seen
+
+
+def test_mixed_guarantees_in_one_plan(loaded, request):
+    session = session_on(loaded, request.node.name)
+    messages = thread(12)
+    session.step("t", messages, sampling=SHORT)
+    plan = session.retract(
+        "t", messages, proposals=[of_message(2), of_message(6, guarantee=Guarantee.EXACT), of_message(8)]
+    )
+    assert [s.exact for s in plan.spans] == [False, True, True]
+    key = session.key("t", messages)
+    assert (key.ids < 0).sum() == plan.spans[0].end - plan.spans[0].start
+    with prefilled_texts(session) as texts:
+        step = session.step("t", messages, sampling=SHORT)
+    seen = "".join(texts)
+    assert not any(f"marker-{i}" in seen for i in (2, 4, 6, 8)) and "marker-7" in seen
+    assert len(step.retraction_ids) == 3
+    session.engine.check_integrity()
+
+
+def test_an_exact_retraction_before_a_steered_one_makes_that_exact_too(loaded, request):
+    session = session_on(loaded, request.node.name)
+    messages = thread(12)
+    session.step("t", messages, sampling=SHORT)
+    session.retract("t", messages, proposals=[of_message(8)])
+    session.retract("t", messages, proposals=[of_message(2, guarantee=Guarantee.EXACT)])
+    with prefilled_texts(session) as texts:
+        session.step("t", messages, sampling=SHORT)
+    assert not any(m in "".join(texts) for m in ("marker-2", "marker-8"))
+    assert {r.status for r in session.history("t")} == {Status.EXACT}
+
+
+def test_what_is_not_cached_yet_is_left_out_for_free(loaded, request):
+    session = session_on(loaded, request.node.name)
+    plan = session.retract("t", thread(), proposals=[of_message(4)])
+    assert plan.spans[0].why_exact == "not cached"
+    with prefilled_texts(session) as texts:
+        session.step("t", thread(), sampling=SHORT)
+    assert "marker-4" not in "".join(texts) and "marker-5" in "".join(texts)
+
+
+def test_a_pool_too_small_for_copies_falls_back_to_exact():
+    session = KVRetractSession.from_pretrained(
+        "random", max_tokens=1000, eraser="shift", planner=Planner(exact_suffix=0)
+    )
+    messages = thread(24)
+    session.step("a", messages, sampling=SHORT)
+    key = session.key("a", messages)
+    assert len(key) > 500, "the suffix must not fit twice"
+    stream = session.engine.generate(key, SamplingParams(max_tokens=3))
+    next(stream)  # holds the pages, so that moving keys needs copies
+    plan = session.retract("b", messages, proposals=[of_message(2)])
+    result = session.last_erase("b")
+    stream.close()
+    assert not plan.spans[0].exact and result.exact
+    assert session.history("b")[0].status is Status.EXACT
+    with prefilled_texts(session) as texts:
+        session.step("b", messages, sampling=SHORT)
+    assert "marker-2" not in "".join(texts)
+    session.engine.check_integrity()
+
+
+def test_policies_run_before_each_step_and_their_failures_surface(loaded, request):
+    @dataclasses.dataclass(kw_only=True)
+    class Second(RetractionPolicy):
+        name = "second"
+
+        def propose(self, ctx):
+            return [of_message(2, policy="second")] if len(ctx.messages) > 4 else []
+
+    @dataclasses.dataclass(kw_only=True)
+    class Broken(RetractionPolicy):
+        name = "broken"
+
+        def propose(self, ctx):
+            raise KeyError("oops")
+
+    session = session_on(loaded, request.node.name, policies=[Second()])
+    assert not session.step("t", thread()[:4], sampling=SHORT).plan.spans
+    assert len(session.step("t", thread()[:6], sampling=SHORT).plan.spans) == 1
+    assert not session.step("t", thread(), sampling=SHORT).plan.spans
+    with pytest.raises(PolicyError, match="'broken' failed on thread 't'.*KeyError: 'oops'"):
+        session_on(loaded, request.node.name, policies=[Broken()]).step("t", thread())
+
+
+def test_a_span_outside_the_thread_is_refused_and_nothing_is_kept(loaded, request):
+    session = session_on(loaded, request.node.name)
+    with pytest.raises(SpanError, match="message 99"):
+        session.retract("t", thread(), proposals=[of_message(99)])
+    assert session.history("t") == []
+
+
+def test_a_streaming_thread_cannot_be_edited(loaded, request):
+    session = session_on(loaded, request.node.name)
+    stream = session.stream("t", thread(), sampling=SamplingParams(max_tokens=30))
+    next(stream)
+    with pytest.raises(ThreadBusyError, match="streaming"):
+        session.retract("t", thread(), proposals=[of_message(2)])
+    assert session.history("t") == []
+    assert not session.retract("t", thread()).spans, "nothing to do is no conflict"
+    stream.close()
+    assert session.retract("t", thread(), proposals=[of_message(2)]).spans
+
+
+def test_streaming_equals_a_step(loaded, request):
+    session = session_on(loaded, request.node.name)
+    sampling = SamplingParams(max_tokens=20, logprobs=True)
+    step = session.step("t", thread(), sampling=sampling)
+    deltas = list(session.stream("t", thread(), sampling=sampling))
+    assert "".join(d.text for d in deltas) == session.renderer.decode(list(step.token_ids))
+    assert deltas[-1].result.token_ids == step.token_ids
+    assert len(step.logprobs) == len(step.token_ids) == step.num_completion_tokens
+    assert step.finish_reason == "length"
+
+
+def test_a_stop_string_ends_the_answer(loaded, request):
+    session = session_on(loaded, request.node.name)
+    text = session.renderer.decode(list(session.step("t", thread(), sampling=SamplingParams(max_tokens=20)).token_ids))
+    stop = text[5:8]
+    step = session.step("t", thread(), sampling=SamplingParams(max_tokens=20, stop=(stop,)))
+    assert step.message.content == text[: text.index(stop)]
+    assert step.finish_reason == "stop"
+
+
+def test_a_notice_follows_the_newest_message_and_stays_there(loaded, request):
+    session = session_on(loaded, request.node.name, notify=True)
+    messages = thread()
+    session.step("t", messages, sampling=SHORT)
+    session.retract("t", messages, proposals=[of_message(2)])
+    more = [*messages, Message("assistant", "ok"), Message("user", "next")]
+    text = session.renderer.decode([int(i) for i in session.key("t", more).ids if i >= 0])
+    assert text.count("[Notice: an earlier assistant message has been withdrawn") == 1
+    assert text.index("marker-7") < text.index("[Notice") < text.index("next")
+
+
+def test_restore_brings_checkpointed_retractions_to_another_replica(loaded, request):
+    first, second = (session_on(loaded, f"{request.node.name}-{i}") for i in range(2))
+    messages = thread()
+    first.step("t", messages, sampling=SHORT)
+    first.retract("t", messages, proposals=[of_message(2)])
+    second.restore("t", first.history("t"))
+    second.restore("t", first.history("t"))
+    with prefilled_texts(second) as texts:
+        second.step("t", messages, sampling=SHORT)
+    assert "marker-2" not in "".join(texts) and len(second.history("t")) == 1
