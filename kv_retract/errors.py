@@ -1,4 +1,4 @@
-"""Errors that callers may meet. Each says what was expected, what came, and what to do; the CLI exits with 2 on them."""
+"""Errors that callers may meet. Each says what was expected, what came, what to do; the CLI exits with 2 on them."""
 
 from __future__ import annotations
 
@@ -57,3 +57,7 @@ class PolicyError(KVRetractError, RuntimeError):
 
 class OutputExistsError(KVRetractError, FileExistsError):
     """An output folder is there already; results are never overwritten."""
+
+
+class ConstraintError(KVRetractError, ValueError):
+    """An answer cannot be constrained as asked: the schema or the tool choice cannot be turned into a grammar."""

@@ -161,8 +161,9 @@ class EditView(ABC):
     @property
     @abstractmethod
     def suffix(self) -> IntArray:
-        """Those of the followers that are ordinary tokens, so that they can be recomputed; the others are steering
-        states of earlier edits. Shape: (n,)
+        """Those of the followers that are ordinary tokens and can be recomputed. Shape: (n,).
+
+        The others are steering states of earlier edits.
         """
 
     @abstractmethod

@@ -62,7 +62,7 @@ class CacheManager:
         pages = self.alloc(-(-(length + len(ids)) // size) - -(-length // size) + int(shared_tail))
         if shared_tail:
             self.pool.copy_pages(np.array([tail]), pages[:1])
-            self.pool.release(np.array([tail]))
+            self.free(np.array([tail]))
             lease.replace_tail(int(pages[0]))
             pages = pages[1:]
         return lease.extend(ids, pages)
@@ -84,7 +84,7 @@ class CacheManager:
         keep = len(lease) if keep is None else min(keep, len(lease))
         end = max(keep // self.pool.page_size * self.pool.page_size, lease.private_from)
         self._index(lease, end)
-        self.pool.release(lease.private_pages(end))
+        self.free(lease.private_pages(end))
         self.index.dec_lock_ref(lease.node)
         self._leases.remove(lease)
 
@@ -113,8 +113,13 @@ class CacheManager:
         self.release(edit.lease, keep=edit.lease.num_cached)
 
     def drop(self, ids: IntArray, start: int, *, extra_key: str = "") -> int:
-        """Forget what only the path `ids` uses, from entry `start` on; zero it; return the slots freed."""
-        return self.give_back(self.index.remove_tail(ids, start, extra_key=extra_key), wipe=True)
+        """Forget what only the path `ids` uses, from entry `start` on; zero it; return the slots freed.
+
+        `start` inside a page takes the whole page: it holds entries to be forgotten.
+        """
+        return self.free(self.pages_of(self.index.remove_tail(ids, start, extra_key=extra_key)))
+
+    # -- pages ------------------------------------------------------------------------------------------------------
 
     def alloc(self, num_pages: int) -> IntArray:
         """Take pages from the pool, evicting as needed; raises PoolExhaustedError."""
@@ -122,16 +127,21 @@ class CacheManager:
             evicted = self.index.evict((num_pages - self.pool.num_free) * self.pool.page_size)
             if not len(evicted):
                 break
-            self.give_back(evicted)
+            self.free(self.pages_of(evicted))
         try:
             return self.pool.alloc(num_pages)
         except PoolExhaustedError as error:
-            raise PoolExhaustedError(f"{error} ({self.index.protected_size} tokens are in use by running threads)") from None
+            in_use = self.index.protected_size
+            raise PoolExhaustedError(f"{error} ({in_use} cached tokens are locked by running threads)") from None
 
-    def give_back(self, slots: IntArray, *, wipe: bool = False) -> int:
-        """Release the pages that the index gave up (in the form of `PrefixCache.evict`); return the slots freed."""
-        freed = self.pool.release(self.pages_of(slots))
-        if wipe and len(freed):
+    def free(self, pages: IntArray) -> int:
+        """Hold pages once less and zero those that nobody holds any more, so that no retracted text stays behind.
+
+        Returns:
+            Slots that became free.
+        """
+        freed = self.pool.release(pages)
+        if len(freed):
             self.pool.wipe(self.pool.slots_of(freed))
         return len(freed) * self.pool.page_size
 
@@ -170,14 +180,19 @@ class CacheManager:
                 f"the pool counts {self.pool.refcounts[page]}"
             )
         self.pool.check_integrity()
+        for lease in self._leases:
+            visible = lease.slots[lease.slots != NO_SLOT]
+            if len(np.unique(visible)) < len(visible):
+                raise CacheIntegrityError("a running sequence uses one slot at two positions")
 
     def _index(self, lease: Lease, end: int) -> None:
         """Hand the first `end` entries of a lease to the index; pages it knew already by other slots are released."""
+        if end <= lease.private_from:
+            return
         known = self.index.insert(lease.ids[:end], lease.slots[:end], extra_key=lease.extra_key)
         duplicates = lease.slots[lease.private_from : min(max(known, lease.private_from), end)]
-        self.pool.release(self.pages_of(duplicates))
+        self.free(self.pages_of(duplicates))
 
     def _check_open(self, lease: Lease) -> None:
         if lease not in self._leases:
             raise ValueError("the lease has been released; take a new one")
-

@@ -57,8 +57,9 @@ class PagedKVPool:
         """
         if num_pages > self.num_free:
             raise PoolExhaustedError(
-                f"the KV pool needs {num_pages} pages of {self.page_size} tokens but {self.num_free} of {self.num_pages} "
-                "are free; give the engine a larger max_tokens, shorten the thread, or finish other streams"
+                f"the KV pool needs {num_pages} pages of {self.page_size} tokens but {self.num_free} of "
+                f"{self.num_pages} are free; give the engine a larger max_tokens, shorten the thread, or finish other "
+                "streams"
             )
         pages = self._free[self.num_free - num_pages : self.num_free].copy()
         self.num_free -= num_pages
@@ -67,12 +68,14 @@ class PagedKVPool:
 
     def retain(self, pages: IntArray) -> None:
         """Hold pages once more. Raises CacheIntegrityError where one is free."""
+        self._check_pages(pages)
         if np.any(self.refcounts[pages] < 1):
             raise CacheIntegrityError(f"cannot share free pages {pages[self.refcounts[pages] < 1].tolist()[:8]}")
         np.add.at(self.refcounts, pages, 1)
 
     def release(self, pages: IntArray) -> IntArray:
         """Hold pages once less; return those that became free. Raises CacheIntegrityError where one is free already."""
+        self._check_pages(pages)
         unique, times = np.unique(pages, return_counts=True)
         if np.any(self.refcounts[unique] < times):
             raise CacheIntegrityError(f"pages freed twice: {unique[self.refcounts[unique] < times].tolist()[:8]}")
@@ -114,6 +117,11 @@ class PagedKVPool:
         free = np.sort(self._free[: self.num_free])
         if not np.array_equal(free, np.flatnonzero(self.refcounts == 0)):
             raise CacheIntegrityError("the free list is not the set of pages without a holder")
+
+    def _check_pages(self, pages: IntArray) -> None:
+        # A negative number would silently name a page counted from the end.
+        if len(pages) and not (pages.min() >= 0 and pages.max() < self.num_pages):
+            raise CacheIntegrityError(f"pages must be in [0, {self.num_pages}), got {pages.min()} to {pages.max()}")
 
     def _index(self, slots: IntArray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(slots)).to(self.k.device)

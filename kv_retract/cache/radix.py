@@ -1,4 +1,4 @@
-"""Radix tree over token ids: which slots hold the KV of which prefix. Integers only (SGLang `mem_cache/radix_cache.py`)."""
+"""Radix tree over token ids, integers only: which slots hold which prefix (SGLang `mem_cache/radix_cache.py`)."""
 
 from __future__ import annotations
 
@@ -30,6 +30,9 @@ class Node:
         """Replace the entries; `num_slots` counts those with KV."""
         self.ids, self.slots = ids, slots
         self.num_slots = int(np.count_nonzero(slots != NO_SLOT))
+
+
+_NOTHING = Node(_EMPTY, _EMPTY, None, 0)  # the handle of a miss: like a root, it has nothing to lock
 
 
 class RadixCache(PrefixCache):
@@ -66,7 +69,7 @@ class RadixCache(PrefixCache):
         path = self._walk(ids, extra_key, split=True)
         self._touch(path)
         slots = np.concatenate([node.slots for node in path]) if path else _EMPTY.copy()
-        return MatchResult(slots, path[-1] if path else self._root(extra_key))
+        return MatchResult(slots, path[-1] if path else self._roots.get(extra_key, _NOTHING))
 
     def insert(self, ids: IntArray, slots: IntArray, *, extra_key: str = "") -> int:
         """Index a path."""
@@ -97,6 +100,7 @@ class RadixCache(PrefixCache):
             assert parent is not None, "a root is never in the heap"
             if parent.parent is not None and not parent.children and not parent.lock_ref:
                 heapq.heappush(heap, (self._policy.priority(parent), next(order), parent))
+        self._roots = {key: root for key, root in self._roots.items() if root.children}
         return np.concatenate(given) if given else _EMPTY.copy()
 
     def inc_lock_ref(self, node: Node) -> None:
@@ -121,9 +125,13 @@ class RadixCache(PrefixCache):
     def exclusive_from(self, ids: IntArray, *, extra_key: str = "", locks: int = 0) -> int:
         """Find where the path stops being shared."""
         path = self._walk(ids, extra_key, split=False)
-        start = sum(len(node.ids) for node in path)
-        if path and len(path[-1].ids) > self._common(path[-1], ids[start - len(path[-1].ids) :]):
-            return start - len(path[-1].ids) + self._common(path[-1], ids[start - len(path[-1].ids) :])
+        if not path:
+            return 0
+        start = sum(len(node.ids) for node in path[:-1])
+        common = self._common(path[-1], ids[start:])
+        start += common
+        if common < len(path[-1].ids):
+            return start  # the rest of that node is another branch
         below: Node | None = None
         for node in reversed(path):
             if node.lock_ref > locks or any(child is not below for child in node.children.values()):
@@ -152,23 +160,33 @@ class RadixCache(PrefixCache):
         return np.concatenate(slots) if slots else _EMPTY.copy()
 
     def check_integrity(self) -> None:
-        """Check links, alignment, locks and sizes."""
+        """Check links, alignment, locks, sizes, and that no path uses a slot twice."""
         sizes = [0, 0]
         for node in self._nodes():
-            parent = node.parent
-            if parent is None or parent.children.get(self._child_key(node.ids)) is not node:
-                raise CacheIntegrityError("a node is not linked from its parent under its first page")
-            if len(node.ids) == 0 or len(node.ids) % self.page_size or len(node.ids) != len(node.slots):
-                raise CacheIntegrityError(f"a node of {len(node.ids)} ids and {len(node.slots)} slots is not page-aligned")
-            if parent.parent is not None and node.lock_ref > parent.lock_ref:
-                raise CacheIntegrityError("a node is locked more often than its parent")
-            if node.num_slots != np.count_nonzero(node.slots != NO_SLOT):
-                raise CacheIntegrityError("a node miscounts its slots")
+            self._check_node(node)
             sizes[node.lock_ref > 0] += node.num_slots
         if sizes != [self._evictable, self._protected]:
             raise CacheIntegrityError(
                 f"sizes are {self._evictable} evictable and {self._protected} protected, the nodes hold {sizes}"
             )
+        for leaf in self._nodes():
+            if not leaf.children:
+                slots = np.concatenate([node.slots for node in self._upwards(leaf)])
+                slots = slots[slots != NO_SLOT]
+                if len(np.unique(slots)) < len(slots):
+                    raise CacheIntegrityError("a path uses one slot at two positions")
+
+    def _check_node(self, node: Node) -> None:
+        parent = node.parent
+        if parent is None or parent.children.get(self._child_key(node.ids)) is not node:
+            raise CacheIntegrityError("a node is not linked from its parent under its first page")
+        num_ids, num_slots = len(node.ids), len(node.slots)
+        if num_ids == 0 or num_ids % self.page_size or num_ids != num_slots:
+            raise CacheIntegrityError(f"a node of {num_ids} ids and {num_slots} slots is not page-aligned")
+        if parent.parent is not None and node.lock_ref > parent.lock_ref:
+            raise CacheIntegrityError("a node is locked more often than its parent")
+        if node.num_slots != np.count_nonzero(node.slots != NO_SLOT):
+            raise CacheIntegrityError("a node miscounts its slots")
 
     def _root(self, extra_key: str) -> Node:
         if extra_key not in self._roots:

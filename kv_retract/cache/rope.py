@@ -1,4 +1,4 @@
-"""Rotary embeddings of cached keys: move a key to another position without knowing the token (RoFormer, arXiv 2104.09864).
+"""Rotary embeddings of cached keys: move a key to another position without its token (RoFormer, arXiv 2104.09864).
 
 R(p + d) k = R(d) R(p) k, so a cached key is rotated by the difference of two angles. The angles are formed as
 transformers forms them, `float32(position) * float32(inv_freq)`, and subtracted in float64: at position 8,000 a
