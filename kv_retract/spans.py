@@ -15,7 +15,10 @@ def check_span(span: SpanRef, messages: Sequence[Message]) -> int:
     Raises:
         SpanError: no such message or part, or the range is not inside of it.
     """
-    if not (isinstance(span.message, int) and 0 <= span.message < len(messages)):
+    numbers = (span.message, span.call, span.start, 0 if span.end is None else span.end)
+    if not all(isinstance(number, int) for number in numbers):
+        raise SpanError(f"expected integers for message, call, start and end, got {span!r}")
+    if not 0 <= span.message < len(messages):
         raise SpanError(f"expected a message from 0 to {len(messages) - 1}, got {span.message!r}")
     message = messages[span.message]
     if span.part == "content":
