@@ -66,7 +66,7 @@ class Planner:
         """Plan one step of one thread; changes nothing.
 
         Args:
-            proposals: of all policies, in any order; the plan does not depend on it.
+            proposals: of all policies, in any order; which spans are planned does not depend on it.
             thread_id: label of the thread.
             messages: all messages of the thread.
             rendering: the thread rendered, originals in place.
@@ -86,25 +86,7 @@ class Planner:
         places = locate(without_retracted(merged, messages, records, dropped), rendering, records, dropped)
         chosen = self._choose(places, num_cached, eraser, dropped)
         now = now or datetime.now(UTC).isoformat(timespec="seconds")
-        spans = tuple(
-            PlannedSpan(
-                record=record_for(
-                    place.retraction,
-                    messages,
-                    thread_id=thread_id,
-                    eraser_id=eraser.eraser_id,
-                    closes_gap=eraser.closes_gap,
-                    exact=bool(place.why_exact) or eraser.exact,
-                    now=now,
-                    span_tokens=place.end - place.start,
-                ),
-                start=place.start,
-                end=place.end,
-                exact=bool(place.why_exact) or eraser.exact,
-                why_exact=place.why_exact,
-            )
-            for place in chosen
-        )
+        spans = tuple(_planned(place, messages, thread_id, eraser, now) for place in chosen)
         return RetractionPlan(
             thread_id=thread_id,
             spans=spans,
@@ -154,10 +136,10 @@ class Planner:
                 continue
             state = after
             chosen.append(dataclasses.replace(place, why_exact=why))
-        chosen.reverse()
-        return _exact_from_first(chosen)
+        return chosen[::-1]
 
     def _why_exact(self, place: Place, num_cached: int, demanded: int, eraser: EraserFacts) -> str:
+        # Each reason holds for all later places too, so what follows an exact span is exact.
         if place.retraction.guarantee is Guarantee.EXACT:
             return "guarantee"
         if place.end > num_cached:
@@ -197,10 +179,16 @@ class _Edit:
         )
 
 
-def _exact_from_first(places: Sequence[Place]) -> list[Place]:
-    found, result = False, []
-    for place in places:
-        why = place.why_exact or ("follows an exact span" if found else "")
-        found = found or bool(why)
-        result.append(dataclasses.replace(place, why_exact=why))
-    return result
+def _planned(place: Place, messages: Sequence[Message], thread_id: str, eraser: EraserFacts, now: str) -> PlannedSpan:
+    exact = bool(place.why_exact) or eraser.exact
+    record = record_for(
+        place.retraction,
+        messages,
+        thread_id=thread_id,
+        eraser_id=eraser.eraser_id,
+        closes_gap=eraser.closes_gap,
+        exact=exact,
+        now=now,
+        span_tokens=place.end - place.start,
+    )
+    return PlannedSpan(record=record, start=place.start, end=place.end, exact=exact, why_exact=place.why_exact)

@@ -19,7 +19,7 @@ class Explicit(RetractionPolicy):
 
     There are no false positives but the caller's. A place that is not in the messages is an error, never ignored:
     whoever asks for a deletion must learn that nothing was deleted. `match` finds literal text only: a copy with
-    another case, spacing or JSON escaping stays.
+    another case, spacing or JSON escaping stays, and so does reasoning text.
     """
 
     name: ClassVar[str] = "explicit"

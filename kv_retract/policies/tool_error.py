@@ -18,7 +18,8 @@ class ToolErrorRecovered(RetractionPolicy):
 
     False positives: an error can hold a fact that stays true ("payment method not found"); an agent that no longer
     sees it may try the same thing again. And a later success of the same tool need not repair this failure: it may
-    serve another request. `same_arguments` narrows that, `exclude` keeps the results of chosen tools.
+    serve another request. `same_arguments` narrows that, `exclude` keeps the results of chosen tools. A result that is
+    itself a text about errors, and begins with the word, looks like a failure.
     """
 
     name: ClassVar[str] = "tool_error"

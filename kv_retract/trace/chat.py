@@ -48,6 +48,10 @@ def messages_from_chat(items: Sequence[Any]) -> tuple[Message, ...]:
 
 def _plain(item: Mapping[str, Any], index: int) -> dict[str, Any]:
     plain = {key: item[key] for key in _KEPT if item.get(key) is not None}
+    if not isinstance(plain.get("role"), str):
+        raise TraceError(f"message {index}: expected a role, got {plain.get('role')!r}")
+    if "tool_call_id" in plain:
+        plain["tool_call_id"] = str(plain["tool_call_id"])
     reasoning = item.get("reasoning_content") or item.get("reasoning")
     if isinstance(reasoning, str):
         plain["reasoning_content"] = reasoning

@@ -40,7 +40,7 @@ def read(snapshots: Snapshots) -> Iterator[Trace | TraceProblem]:
         if thread_id is None:
             yield TraceProblem(source=source, message="expected config.configurable.thread_id, got none")
             continue
-        threads.setdefault((str(thread_id), str(config.get("checkpoint_ns") or "")), []).append((snapshot, source))
+        threads.setdefault((thread_id, config.get("checkpoint_ns", "")), []).append((snapshot, source))
     for (thread_id, namespace), own in threads.items():
         yield from _thread(f"{thread_id}/{namespace}" if namespace else thread_id, own)
 
@@ -83,7 +83,7 @@ def _leaves(snapshots: Snapshots) -> Snapshots:
     for number, (snapshot, source) in enumerate(snapshots):
         checkpoint = _configurable(snapshot["config"]).get("checkpoint_id")
         if checkpoint is None or checkpoint not in parents:
-            leaves.setdefault(str(checkpoint or f"snapshot-{number}"), (snapshot, source))
+            leaves.setdefault(checkpoint or f"snapshot-{number}", (snapshot, source))
     return list(leaves.values())
 
 
@@ -96,9 +96,10 @@ def _shared(a: Iterable[Message], b: Iterable[Message]) -> int:
     return count
 
 
-def _configurable(config: Any) -> Mapping[str, Any]:
+def _configurable(config: Any) -> Mapping[str, str]:
+    """Return the ids of a config as text; everything else in it does not matter here."""
     inner = config.get("configurable") if isinstance(config, Mapping) else None
-    return inner if isinstance(inner, Mapping) else {}
+    return {k: str(v) for k, v in inner.items() if v is not None} if isinstance(inner, Mapping) else {}
 
 
 def _chat(item: Any, index: int) -> Any:
@@ -111,10 +112,10 @@ def _chat(item: Any, index: int) -> Any:
         raise TraceError(f"message {index}: expected one of {sorted(_ROLES)} as the type of the message, got {kind!r}")
     message: dict[str, Any] = {"role": role, "name": fields.get("name"), "tool_call_id": fields.get("tool_call_id")}
     message["content"], message["reasoning_content"] = _content(fields)
-    calls = [_call(call) for key in ("tool_calls", "invalid_tool_calls") for call in fields.get(key) or ()]
+    calls = [_call(call) for key in ("tool_calls", "invalid_tool_calls") for call in _list(fields.get(key))]
     extra = fields.get("additional_kwargs")
     if not calls and isinstance(extra, Mapping):
-        calls = list(extra.get("tool_calls") or ())
+        calls = _list(extra.get("tool_calls"))
     return {**message, "tool_calls": calls}
 
 
@@ -139,12 +140,16 @@ def _content(fields: Mapping[str, Any]) -> tuple[Any, str]:
         return content, "".join(thoughts)
     blocks = []
     for block in content:
-        kind = block.get("type") if isinstance(block, Mapping) else "text"
+        kind = str(block.get("type")) if isinstance(block, Mapping) else "text"
         if kind in _THINKING:
             thoughts.append(str(block.get("thinking") or block.get("reasoning") or block.get("text") or ""))
         elif kind not in _REPEATS_CALL:
             blocks.append({"type": "text", "text": block} if isinstance(block, str) else block)
     return blocks, "".join(thoughts)
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _call(call: Any) -> Any:

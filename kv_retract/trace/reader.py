@@ -76,11 +76,12 @@ def _json(text: str, data: bytes, path: Path) -> Iterator[Trace | TraceProblem]:
             yield TraceProblem(source=str(path), message=value.message)
         return
     snapshots: list[tuple[Any, str]] = []
-    found = list(_value(value, str(path), path.stem, snapshots))
+    try:
+        found = list(_value(value, str(path), path.stem, snapshots))
+    except TraceError as error:
+        raise TraceError(f"unknown format of {str(path)!r}: {error}") from error
     yield from found
     yield from langgraph.read(snapshots)
-    if not found and not snapshots:
-        raise TraceError(f"expected traces in {str(path)!r}, got an empty list")
 
 
 def _lines(lines: Iterable[bytes], path: Path) -> Iterator[Trace | TraceProblem]:
@@ -119,11 +120,15 @@ def _value(
         yield from _one(lambda: swe_agent.read(value, source, default_id), source)
     elif openai.accepts(value):
         yield from _one(lambda: openai.read(value, source, default_id), source)
-    elif isinstance(value, list) and all(_is_trace(item) for item in value):
+    elif isinstance(value, list) and any(_is_trace(item) for item in value):
         for number, item in enumerate(value):
-            yield from _value(item, f"{source}[{number}]", f"{default_id}-{number}", snapshots)
+            place = f"{source}[{number}]"
+            try:
+                yield from _value(item, place, f"{default_id}-{number}", snapshots)
+            except TraceError as error:
+                yield TraceProblem(source=place, message=str(error))
     else:
-        got = f"an object with the keys {sorted(value)[:8]}" if isinstance(value, dict) else type(value).__name__
+        got = f"an object with the keys {sorted(value)[:8]}" if isinstance(value, dict) else f"a {type(value).__name__}"
         raise TraceError(f"expected {_KNOWN}; got {got}")
 
 

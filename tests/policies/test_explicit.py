@@ -59,6 +59,9 @@ def test_reason_scope_and_a_notice_that_is_said_once(threads):
         SpanRef(0, start=-1),
         SpanRef(0, "tool_call", 0),
         SpanRef(0, "reasoning"),
+        SpanRef("0"),
+        SpanRef(0, start="1"),
+        SpanRef(0, end=1.5),
     ],
 )
 def test_span_that_is_not_there(threads, span):

@@ -81,7 +81,9 @@ def test_two_thousand_messages_take_milliseconds(policy, kind):
 
 
 def test_built_in_policies_are_registered_without_torch():
-    code = "import sys; from kv_retract.policies import POLICIES; print(','.join(POLICIES.names()), 'torch' in sys.modules)"
+    code = (
+        "import sys; from kv_retract.policies import POLICIES as P; print(','.join(P.names()), 'torch' in sys.modules)"
+    )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert {"explicit", "superseded", "tool_error"} <= set(printed[0].split(","))
     assert printed[1] == "False"
