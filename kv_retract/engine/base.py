@@ -126,7 +126,7 @@ class Engine(ABC):
 
     @abstractmethod
     def drop(self, key: ThreadKey, start: int) -> int:
-        """Forget the cached entries of `key` from `start` on that nothing else uses; return the slots freed (zeroed)."""
+        """Forget the cached entries of `key` from `start` on that nothing else uses; return the slots freed, zeroed."""
 
     @abstractmethod
     def read_kv(self, key: ThreadKey, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:

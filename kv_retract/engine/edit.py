@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from ..cache.base import NO_SLOT, EditView, IntArray, ThreadKey
-from ..cache.keys import is_tombstone
 from ..cache.edit import PathEdit
+from ..cache.keys import is_tombstone
 from ..cache.pool import PagedKVPool
 from ..cache.rope import Rotary, rotate_keys
 from ..errors import SpanError
@@ -122,7 +122,8 @@ class HFEditView(EditView):
             self._runner.forward(working, self._ids[part], self._positions[part], rows[part], stop_layer=layer)
         after = torch.cat((working.k[layer, at], working.v[layer, at]), dim=-1).float()
         change = (after - before).flatten(1).norm(dim=1)
-        return (change / before.flatten(1).norm(dim=1).clamp_min(1e-12)).cpu()
+        relative: torch.Tensor = change / before.flatten(1).norm(dim=1).clamp_min(1e-12)
+        return relative.cpu()
 
     def rebuild(self) -> None:
         """Ask the engine to prefill the rest anew."""

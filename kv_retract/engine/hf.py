@@ -194,8 +194,8 @@ class HFEngine(Engine):
         cold = np.flatnonzero(is_tombstone(key.ids[start:]))
         if len(cold):
             raise SpanError(
-                f"entry {start + cold[0]} of the key is a tombstone that is not cached: its span must be left out of the "
-                "key before the thread can be prefilled"
+                f"entry {start + cold[0]} of the key is a tombstone that is not cached: its span must be left out of "
+                "the key before the thread can be prefilled"
             )
         new_slots = self._manager.append(lease, key.ids[cached:]) if cached < n else np.empty(0, np.int64)
         working = WorkingSet(self._pool, lease.slots[:start], capacity=len(lease.slots))

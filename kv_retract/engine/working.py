@@ -117,7 +117,7 @@ class ModelRunner:
         return output.logits[0, -num_logits:].float()  # type: ignore[no-any-return]
 
 
-class _WorkingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+class _WorkingLayer(CacheLayerMixin):
     """One layer of a working set, in the form transformers models update."""
 
     is_sliding = False

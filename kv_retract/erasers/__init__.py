@@ -1,4 +1,4 @@
-"""Erasers: strategies that take a span's influence out of a cache. Importing this package registers the built-in ones."""
+"""Erasers: strategies that take a span's influence out of a cache. Importing this package registers its own."""
 
 from .base import ERASERS, EditCost, EditShape, Eraser, register_eraser
 from .erratum import ErratumEraser

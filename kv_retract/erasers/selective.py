@@ -14,8 +14,9 @@ class SelectiveEraser(Eraser):
     """Delete-and-shift, then recompute the `ratio` of suffix tokens whose KV moved most.
 
     After CacheBlend (arXiv 2405.16444): tokens are ranked by how far their KV in an early layer is from what
-    recomputation would write. Here one layer decides; CacheBlend narrows the choice layer by layer. With `ratio=0` it is `shift`,
-    with `ratio=1` it equals `recompute`. Cost: the suffix through the layers below `layer`, `ratio` of it through all.
+    recomputation would write. Here one layer decides; CacheBlend narrows the choice layer by layer. With `ratio=0` it
+    is `shift`, with `ratio=1` it equals `recompute`. Cost: the suffix through the layers below `layer`, `ratio` of it
+    through all.
     """
 
     name = "selective"

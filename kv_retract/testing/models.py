@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import (
@@ -40,7 +40,12 @@ _FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_SHAPE, head_dim=16)),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**_SHAPE, sliding_window=None)),
     "phi3": lambda: Phi3ForCausalLM(
-        Phi3Config(**_SHAPE, sliding_window=None, original_max_position_embeddings=4096, partial_rotary_factor=0.5)
+        Phi3Config(
+            **_SHAPE,
+            sliding_window=None,
+            original_max_position_embeddings=4096,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        )
     ),
 }
 FAMILIES = tuple(_FAMILIES)
@@ -54,4 +59,5 @@ def tiny_model(family: str = "qwen2", *, seed: int = 0, dtype: torch.dtype = tor
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return _FAMILIES[family]().to(dtype).eval()
+        model: Any = _FAMILIES[family]()
+    return cast(PreTrainedModel, model.to(dtype).eval())

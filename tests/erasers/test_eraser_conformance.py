@@ -15,7 +15,8 @@ from kv_retract.erasers import (
 from kv_retract.testing.erasers import EraserConformance
 
 BUILT_IN = [
-    ErratumEraser(), MaskEraser(), NoneEraser(), RecomputeEraser(), RepairEraser(tokens=6), SelectiveEraser(), ShiftEraser(),
+    ErratumEraser(), MaskEraser(), NoneEraser(), RecomputeEraser(), RepairEraser(tokens=6),
+    SelectiveEraser(), ShiftEraser(),
 ]  # fmt: skip
 
 

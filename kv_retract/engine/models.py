@@ -1,0 +1,138 @@
+"""Models by name or directory for the embedded engine. Nothing is ever downloaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+
+from ..errors import UnknownNameError, UnsupportedModelError
+from ..reference import TOKENIZER_DIR
+from ..registry import Registry
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_RANDOM_NOTE = "seeded random weights: quality figures mean nothing yet"
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A causal language model with its tokenizer, in evaluation mode on its device."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    """A fast transformers tokenizer with a chat template."""
+    name: str
+    """Stable name for logs and results: the registered name, or that of the directory."""
+    is_random: bool
+    """The weights were drawn, not trained: timings mean something, answers do not."""
+
+    @property
+    def quality_note(self) -> str:
+        """What every report of this model's answers must say; empty for trained weights."""
+        return _RANDOM_NOTE if self.is_random else ""
+
+
+MODELS: Registry[LoadedModel] = Registry("model", "kv_retract.models")
+"""Factories that take `device`, `dtype` and `seed`. A distribution adds its own through the entry-point group."""
+
+
+def load_model(name_or_path: str, *, device: str = "cpu", dtype: str = "float32", seed: int = 0) -> LoadedModel:
+    """Load a model that is registered or lies in a local directory.
+
+    Args:
+        name_or_path: one of `MODELS.names()`, or a directory in the format of transformers (model and tokenizer).
+        device: as torch names it: `cpu`, `cuda`, `cuda:1`.
+        dtype: `float32` or `bfloat16`.
+        seed: of the weights of random models; others ignore it.
+
+    Raises:
+        UnknownNameError: neither a registered name nor a directory.
+        UnsupportedModelError: the directory's files are no complete causal language model that transformers can
+            load, or its tokenizer is not a fast one with a chat template.
+        ValueError: the dtype is not supported.
+    """
+    if dtype not in _DTYPES:
+        raise ValueError(f"expected dtype float32 or bfloat16, got {dtype!r}; quantised weights cannot be edited")
+    if name_or_path in MODELS.names():
+        return MODELS.create(name_or_path, device=device, dtype=dtype, seed=seed)
+    path = Path(name_or_path).expanduser()
+    if not path.is_dir():
+        raise UnknownNameError(
+            f"expected a registered model ({', '.join(MODELS.names())}) or a directory, got {name_or_path!r}; nothing "
+            "is downloaded: fetch the model first (`hf download NAME --local-dir DIR`) and pass the directory"
+        )
+    return _load_directory(path, device, dtype)
+
+
+def _load_directory(path: Path, device: str, dtype: str) -> LoadedModel:
+    options: dict[str, Any] = {"attn_implementation": "sdpa", "local_files_only": True, "output_loading_info": True}
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=_DTYPES[dtype], **options)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    # transformers raises RuntimeError for weights of another shape than the configuration says.
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UnsupportedModelError(
+            f"expected a causal language model with its tokenizer in directory {str(path)!r}: {error}; pass a "
+            "directory that save_pretrained or `hf download` wrote"
+        ) from error
+    model, loading = loaded
+    if loading["missing_keys"]:
+        # transformers would draw them at random and only log it.
+        names = sorted(loading["missing_keys"])
+        raise UnsupportedModelError(
+            f"expected all weights in directory {str(path)!r}, but {len(names)} are missing, first {names[0]!r}; fetch "
+            "the checkpoint again, or pass a model made for generation"
+        )
+    if not getattr(tokenizer, "is_fast", False) or not tokenizer.chat_template:
+        raise UnsupportedModelError(
+            f"the tokenizer in {str(path)!r} must be a fast one with a chat template; pass a chat model's directory, "
+            "or add tokenizer.json and chat_template.jinja to it"
+        )
+    return LoadedModel(model.to(device).eval(), tokenizer, path.resolve().name, is_random=False)
+
+
+def load_reference_tokenizer() -> Any:
+    """Return the bundled byte-level BPE tokenizer: 4096 entries, ChatML turns, Hermes tool calls."""
+    return AutoTokenizer.from_pretrained(TOKENIZER_DIR, local_files_only=True)
+
+
+@MODELS.register("random")
+def random_model(*, device: str = "cpu", dtype: str = "float32", seed: int = 0) -> LoadedModel:
+    """Return the default model: 4 layers, 128 wide, 1.3 M random parameters, the same for the same seed."""
+    return _random("random", 128, device, dtype, seed)
+
+
+@MODELS.register("random-256")
+def random_model_256(*, device: str = "cpu", dtype: str = "float32", seed: int = 0) -> LoadedModel:
+    """Return a wider random model for timings: 4 layers, 256 wide."""
+    return _random("random-256", 256, device, dtype, seed)
+
+
+def _random(name: str, hidden_size: int, device: str, dtype: str, seed: int) -> LoadedModel:
+    tokenizer = load_reference_tokenizer()
+    shape: dict[str, Any] = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32_768,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        tie_word_embeddings=True,
+        # The usual 0.02 gives logits so flat that no edit could show. This makes attention pick single tokens, so that
+        # what stands hundreds of tokens back moves the next-token distribution.
+        initializer_range=1.75 * hidden_size**-0.5,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        attn_implementation="sdpa",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: Any = Qwen2ForCausalLM(Qwen2Config(**shape))
+    return LoadedModel(model.to(device=device, dtype=_DTYPES[dtype]).eval(), tokenizer, name, is_random=True)
