@@ -1,7 +1,7 @@
 """A thread as the next step sees it: rendered messages, the retractions that apply, and the key they lead to.
 
-Three indices meet here. A *token* counts in the rendering, retracted spans included. An *entry* counts in the key, where
-spans that were removed exactly are missing. `ThreadView` converts between them.
+Three indices meet here. A *token* counts in the rendering, retracted spans included. An *entry* counts in the key,
+where spans that were removed exactly are missing. `ThreadView` converts between them.
 """
 
 from __future__ import annotations
