@@ -1,0 +1,67 @@
+"""A node that retracts, for hand-written graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from langchain_core.messages import SystemMessage
+from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda, run_in_executor
+
+from kv_retract.session import KVRetractSession
+
+from ..langchain.messages import to_messages
+from ..langchain.records import from_state, to_state
+from ..langchain.threads import thread_of
+from ..langchain.tools import Tool, to_openai_tools
+
+
+def retract_step(
+    session: KVRetractSession,
+    *,
+    messages_key: str = "messages",
+    records_key: str | None = None,
+    system_prompt: str | None = None,
+    tools: Sequence[Tool] = (),
+) -> Runnable[Any, dict[str, Any]]:
+    """Return a node that asks the policies and edits the cache; put it before the node that calls the model.
+
+    A `ChatKVRetract` on the same session retracts by itself: the node moves the edit out of the model call, for
+    example to where a graph waits anyway, and puts the records into the state. Running it again changes nothing.
+
+    Args:
+        session: the one that answers.
+        messages_key: where the state has its messages.
+        records_key: where the state keeps the retraction records, a list of JSON objects. They are merged into the
+            session before, and written after. None: the session's ledger is the only place.
+        system_prompt: what the model node puts before the messages, if it does. It has to be the same, since the
+            cache of the thread begins with it.
+        tools: what the model node binds, for the same reason.
+
+    Returns:
+        A runnable, sync and async: state to state update.
+
+    Raises:
+        ValueError: at run time, where the run has no `thread_id`.
+    """
+    first = [SystemMessage(system_prompt)] if system_prompt else []
+    openai_tools = to_openai_tools(tools) or None
+
+    def retract(state: Any, config: RunnableConfig) -> dict[str, Any]:
+        thread_id = thread_of(config)
+        if thread_id is None:
+            raise ValueError('retract_step needs a thread; invoke with {"configurable": {"thread_id": ...}}')
+        if records_key is not None:
+            session.restore(thread_id, from_state(_get(state, records_key, [])))
+        session.retract(thread_id, to_messages([*first, *_get(state, messages_key)]), tools=openai_tools)
+        return {} if records_key is None else {records_key: to_state(session.history(thread_id))}
+
+    async def aretract(state: Any, config: RunnableConfig) -> dict[str, Any]:
+        return await run_in_executor(None, retract, state, config)
+
+    return RunnableLambda(retract, afunc=aretract, name="retract")
+
+
+def _get(state: Any, key: str, *default: Any) -> Any:
+    """Read a key of a state that may be a dictionary, a dataclass or a Pydantic model."""
+    return state.get(key, *default) if isinstance(state, Mapping) else getattr(state, key, *default)
