@@ -1,0 +1,113 @@
+"""Arms of a replay: one session each, in a namespace of its own, all on one engine."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from kv_retract.cache.base import ThreadKey
+from kv_retract.engine.base import Engine, ExtendResult
+from kv_retract.erasers.base import ERASERS
+from kv_retract.ledger.render import Renderer, Rendering
+from kv_retract.planner import Planner
+from kv_retract.session import KVRetractSession
+from kv_retract.types import Message
+
+from .specs import Spec
+
+REFERENCE = "recompute"
+"""The arm that all others are compared with."""
+
+Tools = Sequence[Mapping[str, Any]]
+
+
+class Arm:
+    """One eraser and the threads that it edits.
+
+    Args:
+        spec: the eraser.
+        engine: shared by all arms.
+        renderer: shared by all arms.
+
+    Raises:
+        UnknownNameError: no eraser has the name.
+        SpecError: the eraser refuses the parameters.
+    """
+
+    def __init__(self, spec: Spec, engine: Engine, renderer: Renderer) -> None:
+        self.label = spec.label
+        # exact_suffix=0: the planner would recompute short suffixes, and hide what the eraser does there.
+        self.session = KVRetractSession(
+            engine,
+            renderer,
+            eraser=spec.create(ERASERS),
+            planner=Planner(exact_suffix=0),
+            extra_key=f"arm {spec.label}",
+        )
+        self._engine = engine
+        self._used: list[ThreadKey] = []
+
+    def key(
+        self, thread_id: str, messages: Sequence[Message], tools: Tools | None, *, add_generation_prompt: bool = True
+    ) -> ThreadKey:
+        """Return the key of a thread with this arm's retractions applied."""
+        return self.session.key(thread_id, messages, tools=tools, add_generation_prompt=add_generation_prompt)
+
+    def extend(self, key: ThreadKey, *, num_last: int = 1) -> tuple[ExtendResult, float]:
+        """Bring a key's cache up to date; return the result and the milliseconds it took, device included."""
+        self._used.append(key)
+        started = clock(self._engine.spec.device)
+        result = self._engine.extend(key, num_last=num_last)
+        return result, (clock(self._engine.spec.device) - started) * 1e3
+
+    def forget(self) -> None:
+        """Drop from the cache whatever was extended since the last call."""
+        for key in reversed(self._used):
+            self._engine.drop(key, 0)
+        self._used.clear()
+
+
+class MemoRenderer(Renderer):
+    """A renderer that remembers its newest results: every arm renders the same messages.
+
+    Args:
+        tokenizer: as for `Renderer`.
+        size: how many renderings to keep.
+    """
+
+    def __init__(self, tokenizer: Any, *, size: int = 16) -> None:
+        self._size = size
+        self._memo: OrderedDict[Any, tuple[Rendering, Any]] = OrderedDict()
+        super().__init__(tokenizer)  # renders a first time
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Tools | None = None,
+        notices: Mapping[int, str] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> Rendering:
+        """As `Renderer.render`; `tools` are told apart by identity, so they must not change while they are in use."""
+        key = (tuple(messages), id(tools), tuple(sorted((notices or {}).items())), add_generation_prompt)
+        if key not in self._memo:
+            rendering = super().render(
+                messages, tools=tools, notices=notices, add_generation_prompt=add_generation_prompt
+            )
+            # Holding on to the tools keeps another object from taking their identity.
+            self._memo[key] = (rendering, tools)
+            if len(self._memo) > self._size:
+                self._memo.popitem(last=False)
+        self._memo.move_to_end(key)
+        return self._memo[key][0]
+
+
+def clock(device: str) -> float:
+    """Return the time in seconds once the device has done what it was given."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(torch.device(device))
+    return time.perf_counter()

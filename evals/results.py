@@ -1,0 +1,92 @@
+"""Results folders: written beside their place and moved there whole, never overwritten."""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from kv_retract.errors import OutputExistsError
+
+
+@contextmanager
+def results_folder(out: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `out` when the block ends; an exception leaves nothing behind.
+
+    Raises:
+        OutputExistsError: `out` is a file or a folder with something in it, now or at the end.
+    """
+    check_free(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, so that the move is one rename on one file system.
+    draft = out.parent / f".{out.name}.{secrets.token_hex(4)}"
+    draft.mkdir()
+    try:
+        yield draft
+        try:
+            draft.rename(out)
+        except OSError as error:
+            raise _exists(out) from error
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+def check_free(out: Path) -> None:
+    """Raise OutputExistsError where `out` is a file, or a folder with something in it."""
+    if out.is_symlink() or out.exists():
+        if not out.is_dir() or any(out.iterdir()):
+            raise _exists(out)
+
+
+def write_new_json(out: Path, value: Any) -> None:
+    """Write one JSON document to a new file.
+
+    Raises:
+        OutputExistsError: the file is there.
+    """
+    text = dump(value, indent=2) + "\n"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with out.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError as error:
+        raise _exists(out) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write one JSON document."""
+    path.write_text(dump(value, indent=2) + "\n", encoding="utf-8")
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write one JSON object per line."""
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(dump(row) + "\n")
+
+
+def dump(value: Any, *, indent: int | None = None) -> str:
+    """Return strict JSON in ASCII: infinities become text, NaN (not scored) becomes null."""
+    return json.dumps(_strict(value), indent=indent, allow_nan=False)
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, Mapping):
+        return {str(key): _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    return value
+
+
+def _exists(out: Path) -> OutputExistsError:
+    return OutputExistsError(
+        f"{str(out)!r} is there already and results are never overwritten; choose another place, or remove it first"
+    )
