@@ -1,0 +1,59 @@
+# Every target works on a fresh checkout: it sets up .venv first. Override the interpreter with PYTHON=python3.12.
+PYTHON ?= $(shell command -v python3.11 || echo python3)
+EXTRAS ?= hf,langchain,eval,dev
+WORKERS ?= 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+NOW := $(shell date -u +%Y%m%dT%H%M%SZ)
+DEMO_OUT ?= runs/demo-$(NOW)
+SAMPLE := examples/data/tau_bench_airline_sample.jsonl
+# One hundred trajectories, where they lie beside the checkout; the sample holds six of them.
+MORE ?= $(wildcard ../shared/data/tau_bench/airline_trajectories.jsonl)
+REPLAY = $(BIN)/kv-retract replay $(1) --policy tool_error --policy superseded \
+	--arm none --arm mask --arm shift --arm recompute --model random --out $(2)
+
+# Models are never fetched: a test or a command that tried would fail at once.
+export HF_HUB_OFFLINE := 1
+export TRANSFORMERS_OFFLINE := 1
+# Two worker processes share the cores; more threads in each only get in the way.
+test: export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test coverage format lint type bench clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "Setting up $(VENV) with $(PYTHON) (a few minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+demo: $(STAMP)  ## replay real agent traces under four erasers and write a report
+	@$(call REPLAY,$(SAMPLE),$(DEMO_OUT))
+	@$(if $(MORE),$(call REPLAY,$(MORE) --limit 4,$(DEMO_OUT)-more))
+
+test: $(STAMP)  ## run the tests and measure coverage
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --cov --cov-report=
+
+coverage: test  ## run the tests, list what they miss, fail under 90 %
+	@$(BIN)/python -m coverage report --fail-under=90
+
+format: $(STAMP)  ## format the code
+	@$(BIN)/ruff check --quiet --fix-only . && $(BIN)/ruff format .
+
+lint: $(STAMP)  ## check style and format
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+type: $(STAMP)  ## check types
+	@$(BIN)/mypy
+
+bench: $(STAMP)  ## time each eraser's edit of an 8K thread
+	@mkdir -p runs && $(BIN)/kv-retract bench edit --model random-256 --out runs/bench-$(NOW).json
+
+clean:  ## remove what the other targets made, .venv included
+	@rm -rf $(VENV) build dist *.egg-info .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
