@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from kv_retract.errors import PolicyError, SpanError
-from kv_retract.policies.base import PolicyContext, RetractionPolicy
+from kv_retract.errors import SpanError
+from kv_retract.policies.base import PolicyContext, RetractionPolicy, ask
 from kv_retract.trace import Trace
 from kv_retract.types import Message, Retraction
 
@@ -40,14 +40,10 @@ def steps(trace: Trace, policies: Sequence[RetractionPolicy]) -> Iterator[Step]:
 
 def _propose(policy: RetractionPolicy, context: PolicyContext) -> list[Retraction]:
     try:
-        return policy.propose(context)
+        return ask(policy, context)
     except SpanError:
         # `explicit` refuses a place that is not in the messages; in a recorded thread it may still come.
         return []
-    except PolicyError:
-        raise
-    except Exception as error:
-        raise PolicyError(f"policy {policy.name!r} failed: {type(error).__name__}: {error}") from error
 
 
 def continuation_text(message: Message) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from itertools import islice
@@ -15,6 +16,7 @@ from kv_retract.policies import POLICIES
 from kv_retract.trace import Trace, TraceProblem, read_traces
 
 from .metrics import COLUMNS, metric_rows
+from .progress import Progress, expected_traces, silent
 from .results import results_folder, write_json, write_jsonl
 from .specs import Spec
 
@@ -26,9 +28,6 @@ if TYPE_CHECKING:
 
 SCORE_TOKENS = 64
 POOL_TOKENS_PER_ARM = 16_384
-
-Progress = Callable[[int], None]
-"""Called with the number of traces done."""
 
 
 class NothingReplayedError(KVRetractError, ValueError):
@@ -72,12 +71,23 @@ class ReplayResult:
     samples: list[Sample] = field(default_factory=list)
     retracted: list[Retracted] = field(default_factory=list)
 
+    def spans_by_policy(self) -> dict[str, int]:
+        """Return how many spans each policy had taken back; one that several agree on counts for each."""
+        names = [entry["name"] for entry in self.config["policies"]]
+        found = Counter(name for span in self.retracted for name in span.policy.split("+"))
+        return {name: found[name] for name in dict.fromkeys(names)}
+
     def metrics(self) -> dict[str, Any]:
         """Return what `metrics.json` holds."""
-        return {"config": self.config, "rows": self.rows, "counts": self.counts, "problems": self.problems}
+        return {
+            "config": self.config,
+            "rows": self.rows,
+            "counts": {**self.counts, "spans_by_policy": self.spans_by_policy()},
+            "problems": self.problems,
+        }
 
 
-def replay(settings: ReplaySettings, *, progress: Progress = lambda done: None) -> ReplayResult:
+def replay(settings: ReplaySettings, *, progress: Progress = silent) -> ReplayResult:
     """Replay traces and write a results folder: `config.json`, `samples.jsonl`, `metrics.json`, `report.html`.
 
     Each step of a trace, the moment before an assistant message, is asked of the policies. Where they retract, every
@@ -139,11 +149,12 @@ class _Replay:
     def run(self, progress: Progress) -> ReplayResult:
         """Walk the traces one by one."""
         result, settings = self._result, self._settings
+        total = expected_traces(settings.paths, settings.limit)
         counts = dict.fromkeys(("traces", "steps", "retractions", "without_retraction", "too_long", "unreadable"), 0)
         for number, trace in enumerate(islice(self._readable(counts), settings.limit)):
             outcome = self._walker.walk(trace, f"{number}-{trace.trace_id}")
             self._collect(trace, outcome, counts)
-            progress(number + 1)
+            progress(number + 1, total)
         self._engine.check_integrity()
         result.counts = counts
         if not counts["traces"]:

@@ -19,12 +19,24 @@ class DuplicateNameError(KVRetractError, ValueError):
     """A registry already holds the name."""
 
 
+class PluginError(KVRetractError, ImportError):
+    """A part that another distribution registers by entry point cannot be imported."""
+
+
+class DeviceError(KVRetractError, ValueError):
+    """The device is unknown to torch, or not there."""
+
+
 class MessageError(KVRetractError, ValueError):
     """A message is not in a form that can be rendered."""
 
 
 class SpanError(KVRetractError, ValueError):
     """A span lies outside of the thread or cannot be located in it."""
+
+
+class ColdTombstoneError(SpanError):
+    """A key holds a tombstone that is not cached (any more): its span must be left out before the thread is prefilled."""
 
 
 class UnsupportedModelError(KVRetractError, NotImplementedError):

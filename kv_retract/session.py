@@ -16,15 +16,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .answer import stream_answer
 from .cache.base import ThreadKey
+from .edits import apply_plan, facts_of
 from .engine.base import Engine, LogitsProcessor
-from .erasers import ERASERS, EditShape, Eraser, RecomputeEraser
-from .errors import PolicyError, PoolExhaustedError, ThreadBusyError
-from .ledger.ledger import Ledger, MemoryLedger, SqliteLedger
+from .erasers import ERASERS, Eraser
+from .errors import ColdTombstoneError, ThreadBusyError
+from .ledger.ledger import Ledger, MemoryLedger, SqliteLedger, standing
 from .ledger.render import Renderer
-from .planner import EraserFacts, Planner
-from .policies.base import PolicyContext, RetractionPolicy
-from .streaming import TextStream
+from .planner import Planner
+from .policies.base import PolicyContext, RetractionPolicy, ask
 from .thread import ThreadView, Tools, default_notice, view_thread
 from .types import (
     EraseResult,
@@ -143,45 +144,16 @@ class KVRetractSession:
     ) -> Iterator[StepDelta]:
         """As `step`, in pieces. Closing the iterator stops decoding."""
         plan = self.retract(thread_id, messages, tools=tools)
-        with self._lock:
-            view = self._view(thread_id, messages, tools)
-            self._persist_cold(thread_id, view)
-        stop_ids = tuple(sorted({*sampling.stop_token_ids, *self.renderer.stop_token_ids}))
-        text, ids, logprobs, cached, reason = TextStream(self.renderer.decode, sampling.stop), [], [], 0, "length"
         with self._streaming(thread_id):
-            tokens = self.engine.generate(
-                view.key, replace(sampling, stop_token_ids=stop_ids), logits_processor=logits_processor
-            )
-            for token in tokens:
-                cached, reason = token.num_cached_tokens, token.finish_reason or reason
-                if token.finish_reason == "stop":
-                    break
-                ids.append(token.id)
-                logprobs.append(token.logprob or 0.0)
-                delta = text.push(token.id)
-                if text.stopped:
-                    reason = "stop"
-                if delta:
-                    yield StepDelta(text=delta, token_ids=(token.id,))
-                if text.stopped:
-                    break
-            tokens.close()  # type: ignore[attr-defined]
-        rest = text.finish()
-        content, calls = self.renderer.tool_calls.parse(text.text)
-        yield StepDelta(
-            text=rest,
-            result=StepResult(
-                message=Message("assistant", content, tool_calls=calls),
-                token_ids=tuple(ids),
-                finish_reason="tool_calls" if calls else reason,
-                num_prompt_tokens=len(view.key),
-                num_cached_tokens=cached,
-                num_completion_tokens=len(ids),
-                plan=plan,
-                retraction_ids=tuple(r.retraction_id for r in view.records),
-                logprobs=tuple(logprobs) if sampling.logprobs else None,
-            ),
-        )
+            while True:
+                with self._lock:
+                    view = self._view(thread_id, messages, tools)
+                    self._persist_cold(thread_id, view)
+                try:
+                    yield from stream_answer(self.engine, self.renderer, view, plan, sampling, logits_processor)
+                    return
+                except ColdTombstoneError:
+                    continue  # another thread needed the room in between: now the span is left out
 
     def retract(
         self,
@@ -202,16 +174,18 @@ class KVRetractSession:
         """
         with self._lock:
             view = self._view(thread_id, messages, tools)
+            known = standing(self.ledger.records(thread_id), messages)
             if proposals is None:
-                proposals = self._propose(PolicyContext(thread_id=thread_id, messages=messages, records=view.records))
+                context = PolicyContext(thread_id=thread_id, messages=messages, records=view.records)
+                proposals = [proposal for policy in self.policies for proposal in ask(policy, context)]
             plan = self.planner.plan(
                 [self._with_notice(p, messages) for p in proposals],
                 thread_id=thread_id,
                 messages=messages,
                 rendering=view.rendering,
-                records=view.records,
+                records=known,
                 num_cached=view.token(view.cached),
-                eraser=self._facts(),
+                eraser=facts_of(self.eraser),
             )
             self._last_erase.pop(thread_id, None)
             if plan.spans:
@@ -219,8 +193,8 @@ class KVRetractSession:
                     raise ThreadBusyError(
                         f"thread {thread_id!r} is streaming an answer; finish or close the stream, then retract"
                     )
-                self.ledger.add(thread_id, [span.record for span in plan.spans])
-                self._last_erase[thread_id] = self._erase(thread_id, view, plan)
+                self._record(thread_id, plan, known)
+                self._erase(thread_id, view, plan)
             return plan
 
     def key(
@@ -275,47 +249,20 @@ class KVRetractSession:
         if flipped:
             self.ledger.set_status(thread_id, flipped)
 
-    def _propose(self, ctx: PolicyContext) -> list[Retraction]:
-        proposals: list[Retraction] = []
-        for policy in self.policies:
-            try:
-                proposals.extend(policy.propose(ctx))
-            except PolicyError:
-                raise
-            except Exception as error:
-                raise PolicyError(
-                    f"policy {policy.name!r} failed on thread {ctx.thread_id!r} ({len(ctx.messages)} messages): "
-                    f"{type(error).__name__}: {error}"
-                ) from error
-        return proposals
+    def _record(self, thread_id: str, plan: RetractionPlan, known: Sequence[RetractionRecord]) -> None:
+        records = {span.record.retraction_id: span.record for span in plan.spans}
+        self.ledger.add(thread_id, records.values())
+        # A record that was revoked and is made again keeps its id; adding it once more changes nothing.
+        revoked = [r.retraction_id for r in known if r.status is Status.REVOKED and r.retraction_id in records]
+        if revoked:
+            self.ledger.set_status(thread_id, {id: records[id].status for id in revoked})
 
-    def _erase(self, thread_id: str, view: ThreadView, plan: RetractionPlan) -> EraseResult:
-        """Edit the cache.
-
-        The planner makes everything behind an exact span exact, so steered spans come first. With both kinds, what
-        lies behind the first exact span is forgotten and left to the next prefill, which then runs on the steered part.
-        """
-        exact, steered = [s for s in plan.spans if s.exact], [s for s in plan.spans if not s.exact]
-        if not steered:
-            new_key = view.key_after(exact, exact_from=exact[0].start)
-            return self.engine.erase(view.key, view.entries(exact), RecomputeEraser(), new_key)
-        if exact:
-            self.engine.drop(view.key, view.entry(exact[0].start))
-        try:
-            return self.engine.erase(view.key, view.entries(steered), self.eraser, view.key_after(steered))
-        except PoolExhaustedError:
-            # No room for copies: forget the path instead. The next step rebuilds it without the span, exactly.
-            freed = self.engine.drop(view.key, view.entry(steered[0].start))
-            self.ledger.set_status(thread_id, {s.record.retraction_id: Status.EXACT for s in steered})
-            return EraseResult(eraser_id=RecomputeEraser().eraser_id, slots_freed=freed, exact=True)
-
-    def _facts(self) -> EraserFacts:
-        return EraserFacts(
-            eraser_id=self.eraser.eraser_id,
-            closes_gap=self.eraser.closes_gap,
-            exact=self.eraser.exact,
-            recomputed=lambda p, s, x: self.eraser.cost(EditShape(prefix=p, span=s, suffix=x)).recomputed,
-        )
+    def _erase(self, thread_id: str, view: ThreadView, plan: RetractionPlan) -> None:
+        erased = apply_plan(self.engine, self.eraser, view, plan)
+        self._last_erase[thread_id] = erased
+        steered = [s.record for s in plan.spans if not s.exact]
+        if erased.exact and steered:
+            self.ledger.set_status(thread_id, {record.retraction_id: Status.EXACT for record in steered})
 
     def _with_notice(self, proposal: Retraction, messages: Sequence[Message]) -> Retraction:
         if proposal.notice is not None or not (self.notify or self.eraser.needs_notice):

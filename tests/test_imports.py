@@ -16,7 +16,7 @@ SHIPPED = {"kv_retract": "kv_retract", "integrations": "kv_retract.integrations"
 LEAVES = {"types", "errors", "registry"}
 TEXT = {"spans", "placing", "ledger", "trace", "policies", "planner"}
 TENSORS = {"cache", "erasers", "engine", "kernels", "reference"}
-STEP = {"session", "thread", "streaming", "healing", "audit", "metrics"}
+STEP = {"session", "thread", "streaming", "answer", "edits", "healing", "audit", "metrics"}
 LIBRARY = LEAVES | TEXT | TENSORS | STEP
 
 MAY_IMPORT = {

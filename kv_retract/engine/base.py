@@ -74,8 +74,8 @@ class GeneratedToken:
 class Engine(ABC):
     """Holds a model and the KV of many threads; safe to call from several Python threads.
 
-    A key may contain tombstones only where they are cached: an engine raises SpanError rather than feed one to the
-    model. What it prefills or decodes it keeps, under eviction, for later calls.
+    A key may contain tombstones only where they are cached: an engine raises ColdTombstoneError rather than feed one to
+    the model. What it prefills or decodes it keeps, under eviction, for later calls.
     """
 
     spec: ModelSpec
@@ -91,7 +91,7 @@ class Engine(ABC):
         At least `num_last` entries are run through the model, cached or not; they must be ordinary tokens.
 
         Raises:
-            SpanError: a tombstone would have to be prefilled.
+            ColdTombstoneError: a tombstone would have to be prefilled.
             PoolExhaustedError: the thread does not fit.
             ValueError: the key is empty or longer than the model's positions.
         """

@@ -16,7 +16,7 @@ from ..cache.lease import Lease
 from ..cache.manager import CacheManager
 from ..cache.pool import PagedKVPool
 from ..cache.radix import RadixCache
-from ..errors import SpanError
+from ..errors import ColdTombstoneError, SpanError
 from ..types import EraseResult, Interval, SamplingParams
 from .base import Engine, ExtendResult, GeneratedToken, LogitsProcessor, SupportsErase
 from .edit import HFEditView
@@ -193,7 +193,7 @@ class HFEngine(Engine):
         start = min(cached, n - num_last)
         cold = np.flatnonzero(is_tombstone(key.ids[start:]))
         if len(cold):
-            raise SpanError(
+            raise ColdTombstoneError(
                 f"entry {start + cold[0]} of the key is a tombstone that is not cached: its span must be left out of "
                 "the key before the thread can be prefilled"
             )

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from ..errors import UnknownNameError, UnsupportedModelError
+from ..errors import DeviceError, UnknownNameError, UnsupportedModelError
 from ..reference import TOKENIZER_DIR
 from ..registry import Registry
 
@@ -53,8 +53,10 @@ def load_model(name_or_path: str, *, device: str = "cpu", dtype: str = "float32"
         UnknownNameError: neither a registered name nor a directory.
         UnsupportedModelError: the directory's files are no complete causal language model that transformers can
             load, or its tokenizer is not a fast one with a chat template.
+        DeviceError: torch does not know the device, or it is not there.
         ValueError: the dtype is not supported.
     """
+    _check_device(device)
     if dtype not in _DTYPES:
         raise ValueError(f"expected dtype float32 or bfloat16, got {dtype!r}; quantised weights cannot be edited")
     if name_or_path in MODELS.names():
@@ -66,6 +68,16 @@ def load_model(name_or_path: str, *, device: str = "cpu", dtype: str = "float32"
             "is downloaded: fetch the model first (`hf download NAME --local-dir DIR`) and pass the directory"
         )
     return _load_directory(path, device, dtype)
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # as builds of torch without CUDA raise them
+        raise DeviceError(
+            f"expected a device that torch can use here (cpu, cuda, cuda:1), got {device!r}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
 
 
 def _load_directory(path: Path, device: str, dtype: str) -> LoadedModel:
@@ -102,13 +114,13 @@ def load_reference_tokenizer() -> Any:
 
 @MODELS.register("random")
 def random_model(*, device: str = "cpu", dtype: str = "float32", seed: int = 0) -> LoadedModel:
-    """Return the default model: 4 layers, 128 wide, 1.3 M random parameters, the same for the same seed."""
+    """Draw the default model: 4 layers, 128 wide, 1.3 M random parameters, the same for the same seed."""
     return _random("random", 128, device, dtype, seed)
 
 
 @MODELS.register("random-256")
 def random_model_256(*, device: str = "cpu", dtype: str = "float32", seed: int = 0) -> LoadedModel:
-    """Return a wider random model for timings: 4 layers, 256 wide."""
+    """Draw a wider random model for timings: 4 layers, 256 wide, 4.2 M parameters."""
     return _random("random-256", 256, device, dtype, seed)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ..errors import KVRetractError, PolicyError
 from ..registry import Registry
 from ..types import Message, Retraction, RetractionRecord
 
@@ -45,3 +46,21 @@ class RetractionPolicy(ABC):
     @abstractmethod
     def propose(self, ctx: PolicyContext) -> list[Retraction]:
         """Return the spans to take back; empty where there is nothing."""
+
+
+def ask(policy: RetractionPolicy, ctx: PolicyContext) -> list[Retraction]:
+    """Return a policy's proposals.
+
+    Raises:
+        PolicyError: the policy failed; the message names it and the thread.
+        SpanError: the policy was told by its parameters to look at a place that is not there (`explicit`).
+    """
+    try:
+        return policy.propose(ctx)
+    except KVRetractError:
+        raise
+    except Exception as error:
+        raise PolicyError(
+            f"policy {policy.name!r} failed on thread {ctx.thread_id!r} ({len(ctx.messages)} messages): "
+            f"{type(error).__name__}: {error}"
+        ) from error

@@ -385,3 +385,48 @@ def test_restore_brings_checkpointed_retractions_to_another_replica(loaded, requ
     with prefilled_texts(second) as texts:
         second.step("t", messages, sampling=SHORT)
     assert "marker-2" not in "".join(texts) and len(second.history("t")) == 1
+
+
+def test_what_was_revoked_is_read_again_and_only_the_caller_may_retract_it_once_more(loaded, request):
+    @dataclasses.dataclass(kw_only=True)
+    class Second(RetractionPolicy):
+        name = "second"
+
+        def propose(self, ctx):
+            return [of_message(2, policy="second")]
+
+    session = session_on(loaded, request.node.name, policies=[Second()])
+    messages = thread()
+    (span,) = session.step("t", messages, sampling=SHORT).plan.spans
+    session.ledger.set_status("t", {span.record.retraction_id: Status.REVOKED})
+    with prefilled_texts(session) as texts:
+        step = session.step("t", messages, sampling=SHORT)
+    assert "marker-2" in "".join(texts) and not step.retraction_ids
+    assert [d.why for d in step.plan.dropped] == ["revoked earlier"]
+    (again,) = session.retract("t", messages, proposals=[of_message(2)]).spans
+    assert again.record.retraction_id == span.record.retraction_id
+    session.engine.drop(session.key("t", messages), 0)
+    with prefilled_texts(session) as texts:
+        step = session.step("t", messages, sampling=SHORT)
+    assert "marker-2" not in "".join(texts) and step.retraction_ids == (span.record.retraction_id,)
+
+
+def test_a_steered_span_that_is_evicted_just_before_decoding_is_left_out(loaded, request):
+    session = session_on(loaded, request.node.name)
+    messages = thread()
+    session.step("t", messages, sampling=SamplingParams(max_tokens=1))
+    session.retract("t", messages, proposals=[of_message(2)])
+    view_of, evicted = session._view, []
+
+    def view_then_evict(*args):
+        view = view_of(*args)
+        if not evicted and session._streams["t"]:  # as another thread does that needs the room
+            evicted.append(session.engine.drop(view.key, 0))
+        return view
+
+    session._view = view_then_evict
+    with prefilled_texts(session) as texts:
+        step = session.step("t", messages, sampling=SHORT)
+    assert evicted[0] > 0 and step.num_cached_tokens == 0
+    assert "marker-2" not in "".join(texts) and "marker-3" in "".join(texts)
+    assert session.history("t")[0].status is Status.EXACT

@@ -1,0 +1,88 @@
+"""Results as tables in a terminal. Texts of traces are printed without markup."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .excerpts import visible
+from .metrics import ALL
+from .report import number
+
+if TYPE_CHECKING:
+    from .replay import ReplayResult
+
+MAX_PROBLEMS = 5
+_REPLAY_COLUMNS = ("n", "kl_mean", "kl_se", "top1", "tokens_erased", "tokens_recomputed", "edit_ms_median")
+
+
+def print_replay(result: ReplayResult, console: Console) -> None:
+    """Print the rows over all policies, what each policy found, and the first problems."""
+    counts = result.counts
+    console.print(
+        f"{counts['traces']} traces, {counts['steps']} steps, {counts['retractions']} spans retracted, "
+        f"{counts['too_long']} traces cut, {counts['unreadable']} not readable",
+        highlight=False,
+    )
+    table = _table("arm", *_REPLAY_COLUMNS, "next_step_ms_median", "cached_tokens")
+    for row in result.rows:
+        if row["policy"] == ALL:
+            cells = [number(row[column]) for column in (*_REPLAY_COLUMNS, "next_step_ms_median", "cached_tokens")]
+            table.add_row(row["arm"], *cells)
+    console.print(table)
+    found = ", ".join(f"{policy} {n}" for policy, n in result.spans_by_policy().items()) or "none"
+    console.print(f"Spans by policy: {found}", markup=False, highlight=False)
+    for problem in result.problems[:MAX_PROBLEMS]:
+        console.print(visible(f"  {problem['source']}: {problem['message']}"), markup=False, highlight=False)
+    if len(result.problems) > MAX_PROBLEMS:
+        console.print(f"  and {len(result.problems) - MAX_PROBLEMS} more problems, listed in the report")
+    if note := result.config["quality_note"]:
+        console.print(Text(f"Note: {note}.", style="yellow"))
+
+
+def print_bench(document: Mapping[str, Any], console: Console) -> None:
+    """Print the arms of an edit benchmark."""
+    console.print(
+        f"Erase {document['span']} of {document['context']} tokens at {document['depth']:.0%} depth; model "
+        f"{document['model']}, {document['dtype']}, {document['machine']['processor']}, "
+        f"{document['machine']['threads']} threads; median of {document['repeats']}",
+        highlight=False,
+    )
+    table = _table("arm", "edit, ms", "quartiles", "of recompute", "next step, ms")
+    for name, arm in document["arms"].items():
+        edit = arm["edit_ms"]
+        table.add_row(
+            name,
+            number(arm["edit_ms_median"]),
+            f"{number(edit['low'])} to {number(edit['high'])}",
+            f"{document['ratio_to_recompute'][name]:.2%}",
+            number(arm["next_step_ms_median"]),
+        )
+    console.print(table)
+    console.print(
+        f"A fork with {document['next_tokens']} tokens of its own takes {document['fork_page_fraction']:.2%} of the "
+        f"thread's pages. match_prefix on 32K tokens: {number(document['match_prefix_ms_32k'])} ms.",
+        highlight=False,
+    )
+
+
+def print_parts(kind: str, parts: Iterable[Mapping[str, Any]], console: Console) -> None:
+    """Print what a registry holds: `{"name", "summary", "parameters": {name: default}}`."""
+    table = _table(kind, "what it does", "parameters", numbers=False)
+    for part in parts:
+        parameters = ", ".join(f"{name}={value}" for name, value in part["parameters"].items())
+        table.add_row(Text(part["name"]), Text(part["summary"]), Text(parameters))
+    console.print(table)
+
+
+def _table(first: str, *others: str, numbers: bool = True) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(first, no_wrap=True)
+    for name in others:
+        table.add_column(name, justify="right" if numbers else "left", overflow="fold")
+    return table

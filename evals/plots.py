@@ -1,0 +1,85 @@
+"""Plots of a report, as SVG data URIs: a page that holds them needs no other file, and an `<img>` runs no script."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from .walk import Sample
+
+# Okabe and Ito's palette: told apart with every common form of colour blindness, and in grey.
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+_MARKERS = "osD^vPX"
+# A fixed salt keeps the ids in the file, and so the whole file, the same for the same numbers.
+_STYLE: Mapping[str, Any] = {"svg.hashsalt": "kv-retract", "svg.fonttype": "path", "font.size": 9}
+
+
+def divergence_plot(samples: Sequence[Sample], rows: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> str:
+    """Draw the divergence of every retraction step as a dot, by arm, and the mean with its standard error.
+
+    Args:
+        samples: those at which the arm's own eraser made the edit.
+        rows: of `metric_rows`, for all policies together.
+        arms: from top to bottom; the reference, whose divergence is zero, left out.
+    """
+    means = {row["arm"]: row for row in rows}
+
+    def draw(axes: Any) -> None:
+        for y, arm in enumerate(arms):
+            color, values = _COLORS[y % len(_COLORS)], _finite([s.kl for s in samples if s.arm == arm])
+            # The same spread of heights for the same number of dots, whatever the run.
+            heights = [y + 0.22 * ((7 * i) % 11 / 5 - 1) for i in range(len(values))]
+            axes.plot(values, heights, "o", color=color, alpha=0.35, markersize=3, markeredgewidth=0)
+            row = means.get(arm, {})
+            mean, error = row.get("kl_mean"), row.get("kl_se")
+            if mean is not None and mean < float("inf"):
+                axes.errorbar(mean, y, xerr=error, fmt="D", color=color, markersize=6, capsize=4, markeredgecolor="w")
+        axes.set_yticks(range(len(arms)), arms)
+        axes.set_ylim(len(arms) - 0.5, -0.5)
+        axes.set_xscale("symlog", linthresh=1e-3)
+        axes.set_xlim(left=0)
+        axes.set_xlabel("KL from recompute, nats per token (dots: steps; diamond: mean and its standard error)")
+
+    return _svg(draw, height=1.1 + 0.5 * len(arms))
+
+
+def cost_plot(samples: Sequence[Sample], arms: Sequence[str]) -> str:
+    """Draw the time of every edit against the length of what came after the span, by arm; both axes logarithmic."""
+
+    def draw(axes: Any) -> None:
+        for number, arm in enumerate(arms):
+            points = [(s.suffix_tokens, s.edit_ms) for s in samples if s.arm == arm and s.edit_ms]
+            if points:
+                style = {"marker": _MARKERS[number % len(_MARKERS)], "color": _COLORS[number % len(_COLORS)]}
+                x, y = zip(*points, strict=True)
+                axes.plot(x, y, linestyle="", alpha=0.6, markersize=4, label=arm, markeredgewidth=0, **style)
+        axes.set_xscale("symlog", linthresh=10)
+        axes.set_yscale("log")
+        axes.set_xlabel("cached tokens after the first span")
+        axes.set_ylabel("time of the edit, ms")
+        if axes.has_data():
+            axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+
+    return _svg(draw, height=3.4)
+
+
+def _svg(draw: Callable[[Any], None], *, height: float) -> str:
+    with rc_context(dict(_STYLE)):
+        figure = Figure(figsize=(7.6, height), layout="constrained")
+        axes = figure.subplots()
+        axes.grid(True, color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        draw(axes)
+        file = io.BytesIO()
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+
+
+def _finite(values: Sequence[float | None]) -> list[float]:
+    return [value for value in values if value is not None and value < float("inf")]
