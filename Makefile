@@ -21,7 +21,7 @@ export TRANSFORMERS_OFFLINE := 1
 test: export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage format lint type bench clean
+.PHONY: help demo test coverage format lint type results tables bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -50,6 +50,17 @@ lint: $(STAMP)  ## check style and format
 
 type: $(STAMP)  ## check types
 	@$(BIN)/mypy
+
+results: $(STAMP)  ## measure anew what the README's tables show; MORE names the trajectories
+	@test -n '$(MORE)' || { echo "name the file of 100 tau-bench trajectories: make results MORE=FILE"; exit 2; }
+	@rm -rf runs/results && $(BIN)/kv-retract bench edit --repeats 9 --out runs/results/bench-edit.json
+	@$(call REPLAY,$(MORE),runs/results/replay)
+	@cp runs/results/bench-edit.json evals/results/
+	@cp runs/results/replay/metrics.json evals/results/replay-tau-bench/
+	@$(MAKE) --no-print-directory tables
+
+tables: $(STAMP)  ## write the README's tables from evals/results
+	@$(BIN)/python -m kv_retract.evals.readme README.md
 
 bench: $(STAMP)  ## time each eraser's edit of an 8K thread
 	@mkdir -p runs && $(BIN)/kv-retract bench edit --model random-256 --out runs/bench-$(NOW).json

@@ -16,7 +16,7 @@ from .walk import Sample
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _MARKERS = "osD^vPX"
 # A fixed salt keeps the ids in the file, and so the whole file, the same for the same numbers.
-_STYLE: Mapping[str, Any] = {"svg.hashsalt": "kv-retract", "svg.fonttype": "path", "font.size": 9}
+_STYLE: Mapping[Any, Any] = {"svg.hashsalt": "kv-retract", "svg.fonttype": "path", "font.size": 9}
 
 
 def divergence_plot(samples: Sequence[Sample], rows: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> str:

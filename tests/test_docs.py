@@ -13,8 +13,6 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted(
     p for pattern in ("*.md", "docs/**/*.md", "examples/**/*.md", "kv_retract/**/*.md") for p in ROOT.glob(pattern)
 )
-RUN = [p for p in PAGES if p.parent in (ROOT, ROOT / "docs")]
-
 FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=indent)```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"!?\[[^\]\n]*\]\((?P<target>[^)\s]+)[^)\n]*\)")
 
@@ -35,6 +33,9 @@ def python_blocks(text):
             indent = len(match["indent"])
             code = "".join(line[indent:] or "\n" for line in match["body"].splitlines(keepends=True))
             yield Block(code, text[: match.start()].count("\n") + 2, "no-run" not in words)
+
+
+RUN = [p for p in PAGES if p.parent in (ROOT, ROOT / "docs") and any(python_blocks(p.read_text(encoding="utf-8")))]
 
 
 def prose(text):
@@ -60,6 +61,10 @@ def test_blocks_and_anchors_are_found():
     assert not LINK.findall(prose(text)) and LINK.findall(prose("see [a](b.md#c)")) == ["b.md#c"]
 
 
+def test_the_pages_that_run_are_found():
+    assert {"README.md", "CONTRIBUTING.md"} <= {name_of(page) for page in RUN}
+
+
 @pytest.fixture
 def registries():
     """Give back the registries as they were: a page may register its own parts."""
@@ -78,14 +83,11 @@ def registries():
 @pytest.mark.usefixtures("registries")
 def test_code_blocks_run(page, tmp_path, monkeypatch):
     """Blocks share a namespace per page and run in an empty folder that links to the project's examples."""
-    blocks = list(python_blocks(page.read_text(encoding="utf-8")))
-    if not blocks:
-        pytest.skip("no Python in it")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     module = ModuleType(f"docs_{page.stem}")
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    for block in blocks:
+    for block in python_blocks(page.read_text(encoding="utf-8")):
         # Padding makes line numbers in a traceback those of the page.
         source = "\n" * (block.line - 1) + block.code
         code = compile(source, name_of(page), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT if not block.runs else 0)

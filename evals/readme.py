@@ -1,0 +1,111 @@
+"""Tables of the README, written from results files: `python -m kv_retract.evals.readme README.md`.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end of NAME -->`; everything between is replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from kv_retract.errors import KVRetractError
+
+from .report import number
+
+_BLOCK = re.compile(r"(?P<begin><!-- table: (?P<name>[\w-]+) -->\n).*?(?P<end><!-- end of (?P=name) -->)", re.DOTALL)
+
+
+class TableError(KVRetractError, ValueError):
+    """A page asks for a table that nobody knows, or its results file is missing."""
+
+
+def with_tables(page: str, results: Path) -> str:
+    """Return a page with every marked table written anew.
+
+    Args:
+        page: Markdown.
+        results: the folder of results files.
+
+    Raises:
+        TableError: a table has no writer, or its file is not there.
+    """
+    return _BLOCK.sub(lambda m: m["begin"] + _table(m["name"], results) + m["end"], page)
+
+
+def _table(name: str, results: Path) -> str:
+    if name not in TABLES:
+        raise TableError(f"unknown table {name!r}; known: {', '.join(TABLES)}")
+    file, write = TABLES[name]
+    try:
+        return write(json.loads((results / file).read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError) as error:
+        raise TableError(f"table {name!r} needs {file!r} in {str(results)!r}: {error!r}; see `make results`") from error
+
+
+def _bench_edit(data: Mapping[str, Any]) -> str:
+    lines = [
+        "| eraser | edit, ms (median) | of `recompute` | next step, ms |",
+        "|---|---|---|---|",
+    ]
+    for arm, row in data["arms"].items():
+        share = data["ratio_to_recompute"][arm]
+        lines.append(
+            f"| `{arm}` | {number(row['edit_ms_median'])} | {share:.2%} | {number(row['next_step_ms_median'])} |"
+        )
+    machine = data["machine"]
+    lines += [
+        "",
+        f"Erasing {data['span']} tokens at {data['depth']:.0%} depth of a thread of {data['context']}; model "
+        f"`{data['model']}` ({data['num_parameters'] / 1e6:.1f} M random parameters), {data['dtype']}, "
+        f"{machine['processor']} with {machine['threads']} threads, torch {data['versions']['torch']}; "
+        f"{data['repeats']} repetitions, arms interleaved. A fork that goes on with {data['next_tokens']} own tokens "
+        f"takes {data['fork_page_fraction']:.2%} of the thread's pages; `match_prefix` on a path of 32K tokens "
+        f"takes {number(data['match_prefix_ms_32k'])} ms.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _replay(data: Mapping[str, Any]) -> str:
+    counts, config = data["counts"], data["config"]
+    found = ", ".join(f"`{policy}` {n}" for policy, n in counts["spans_by_policy"].items())
+    lines = [
+        f"{counts['traces']} recorded airline threads (tau-bench), {counts['steps']} steps: {counts['retractions']} "
+        f"spans retracted ({found}).",
+        "",
+        "| eraser | n | tokens erased | tokens through the model | edit, ms | next step, ms |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in data["rows"]:
+        if row["policy"] == "all":
+            cells = ("n", "tokens_erased", "tokens_recomputed", "edit_ms_median", "next_step_ms_median")
+            lines.append(f"| `{row['arm']}` | {' | '.join(number(row[cell]) for cell in cells)} |")
+    machine = config["machine"]
+    lines += [
+        "",
+        f"Model `{config['model']}`, {config['dtype']}, {machine['processor']} with {machine['threads']} threads. "
+        "Tokens are means per retraction step, times medians.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+TABLES: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
+    "bench-edit": ("bench-edit.json", _bench_edit),
+    "replay": ("replay-tau-bench/metrics.json", _replay),
+}
+"""Name to results file and writer."""
+
+
+def main() -> None:
+    """Rewrite the tables of the pages named on the command line; results lie in `evals/results` beside each."""
+    for name in sys.argv[1:]:
+        page = Path(name)
+        text = page.read_text(encoding="utf-8")
+        page.write_text(with_tables(text, page.parent / "evals" / "results"), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
