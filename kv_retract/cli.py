@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -20,6 +20,10 @@ from .errors import KVRetractError, PluginError
 
 if TYPE_CHECKING:
     from .registry import Registry
+
+_INTERRUPTED = 130
+# Part of click in some releases of typer and of typer itself in others: this finds it in both.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -43,7 +47,7 @@ class Dtype(StrEnum):
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, and nothing else.")]
 Device = Annotated[str, typer.Option(help="As torch names it: cpu, cuda, cuda:1.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Of weights and cache.")]
-Seed = Annotated[int, typer.Option(help="Of random weights and random token ids.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of random weights and random token ids.")]
 Model = Annotated[str, typer.Option(help="A name from `kv-retract models`, or a directory that transformers can load.")]
 
 Traces = Annotated[
@@ -132,11 +136,11 @@ def bench_edit(
     from .evals.bench import EditBench
     from .evals.bench import bench_edit as run
     from .evals.console import print_bench
-    from .evals.results import check_free, dump, write_new_json
+    from .evals.results import check_new, dump, write_new_json
     from .evals.specs import parse_specs
 
     if out is not None:
-        check_free(out)  # before minutes of work
+        check_new(out)  # before minutes of work
     arms = {"arms": tuple(parse_specs(arm))} if arm else {}
     settings = EditBench(
         context=context, span=span, depth=depth, model=model, repeats=repeats, seed=seed, device=device,
@@ -187,28 +191,47 @@ def options(version: Annotated[bool, typer.Option("--version", help="Print the v
 
 
 def main() -> None:
-    """Run the command line; the entry point."""
+    """Run the command line; the entry point. Whatever the caller can get wrong is told in one line."""
     try:
-        app()
+        code = app(standalone_mode=False)
     except KVRetractError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
+        _fail(str(error), 2)
+    except _UsageError as error:
+        context = getattr(error, "ctx", None)
+        if type(error).__name__ == "NoArgsIsHelpError":  # has printed the help
+            sys.exit(2)
+        command = context.command_path if context else "kv-retract"
+        _fail(f"{error.format_message().rstrip('.')}; see `{command} --help`", 2)  # type: ignore[attr-defined]
+    except typer.Abort:  # what releases of typer before 0.26 make of Ctrl-C
+        code = _INTERRUPTED
+    if code == _INTERRUPTED:
+        _fail("interrupted; no results were written", _INTERRUPTED)
+    sys.exit(code or 0)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    from .evals.excerpts import visible
+
+    line = visible(" ".join(message.split()))
+    Console(stderr=True).print(f"error: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(code)
 
 
 def describe(registry: Registry[Any], *, hidden: set[str] = frozenset()) -> list[dict[str, Any]]:  # type: ignore[assignment]
     """Return name, summary and parameters with their defaults of everything that a registry holds.
 
-    A part of another distribution that cannot be imported is listed with the reason.
+    A part of another distribution that cannot be imported, or is no factory, is listed with the reason.
     """
     found = []
     for name in registry.names():
         try:
             factory = registry.factory(name)
-        except PluginError as error:
+            parameters = _parameters(factory)
+        except (PluginError, TypeError, ValueError) as error:  # the latter two: it names something else than a factory
             found.append({"name": name, "summary": f"(unusable) {error}", "parameters": {}})
             continue
         summary = (inspect.getdoc(factory) or "").split("\n\n")[0].replace("\n", " ")
-        defaults = {key: value for key, value in _parameters(factory).items() if key not in hidden}
+        defaults = {key: value for key, value in parameters.items() if key not in hidden}
         found.append({"name": name, "summary": summary, "parameters": defaults})
     return found
 

@@ -36,7 +36,7 @@ class SpanError(KVRetractError, ValueError):
 
 
 class ColdTombstoneError(SpanError):
-    """A key holds a tombstone that is not cached (any more): its span must be left out before the thread is prefilled."""
+    """A key holds a tombstone that is not cached, or not any more: its span must be left out before a prefill."""
 
 
 class UnsupportedModelError(KVRetractError, NotImplementedError):

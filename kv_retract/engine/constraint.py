@@ -102,7 +102,7 @@ class ConstraintCompiler:
         """Constrain the answer to JSON of a schema; None: any JSON object.
 
         Keywords of the schema that llguidance does not know are ignored. Objects that list properties and do not say
-        otherwise get no others.
+        otherwise get no others, unless the schema combines several for one object (`close_objects`).
 
         Raises:
             ConstraintError: the schema cannot be compiled.

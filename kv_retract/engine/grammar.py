@@ -15,7 +15,7 @@ _JSON_STYLE = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexib
 
 _MAPS = ("properties", "patternProperties", "$defs", "definitions")
 _SCHEMAS = ("items", "additionalProperties", "contains")
-_LISTS = ("anyOf", "oneOf", "prefixItems")
+_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,8 +77,8 @@ class Literals:
 
 
 def json_grammar(schema: Mapping[str, Any] | None) -> str:
-    """Return a grammar for JSON of a schema, or for any JSON object."""
-    return f"start: {_json(schema or {'type': 'object'})}\n"
+    """Return a grammar for JSON of a schema, or for any JSON object; raises ConstraintError where it is no object."""
+    return f"start: {_json({'type': 'object'} if schema is None else schema)}\n"
 
 
 def tool_grammar(
@@ -93,7 +93,7 @@ def tool_grammar(
     """Return a grammar for answers with or without tool calls; arguments as in `ConstraintCompiler.tools`.
 
     Raises:
-        ConstraintError: `choice` is neither a mode nor the name of a tool.
+        ConstraintError: `choice` is neither a mode nor the name of a tool, or a schema is no object.
     """
     functions = [tool.get("function", tool) for tool in tools]
     names = [function["name"] for function in functions]
@@ -116,26 +116,46 @@ def tool_grammar(
 def close_objects(schema: Any) -> Any:
     """Return a schema whose objects allow only the properties they list, where it does not say otherwise.
 
-    Generated schemas of functions leave `additionalProperties` out and mean that there are none.
+    Generated schemas of functions leave `additionalProperties` out and mean that there are none. A schema that
+    describes an object in several places at once (`allOf`, or alternatives beside properties) is returned as it is:
+    closed parts would exclude each other.
     """
+    return schema if _combines(schema) else _close(schema)
+
+
+def _combines(schema: Any) -> bool:
+    if not isinstance(schema, Mapping):
+        return False
+    all_of = schema.get("allOf")
+    places = sum(key in schema for key in ("properties", "$ref", "anyOf", "oneOf"))
+    places += len(all_of) if isinstance(all_of, list) else 0
+    children = [child for key in _MAPS if isinstance(schema.get(key), Mapping) for child in schema[key].values()]
+    children += [child for key in _LISTS if isinstance(schema.get(key), list) for child in schema[key]]
+    children += [schema[key] for key in _SCHEMAS if key in schema]
+    return places > 1 or any(map(_combines, children))
+
+
+def _close(schema: Any) -> Any:
     if not isinstance(schema, Mapping):
         return schema
     closed = dict(schema)
     for key in _MAPS:
         if isinstance(closed.get(key), Mapping):
-            closed[key] = {name: close_objects(value) for name, value in closed[key].items()}
+            closed[key] = {name: _close(value) for name, value in closed[key].items()}
     for key in _SCHEMAS:
         if key in closed:
-            closed[key] = close_objects(closed[key])
+            closed[key] = _close(closed[key])
     for key in _LISTS:
-        if isinstance(closed.get(key), Sequence):
-            closed[key] = [close_objects(value) for value in closed[key]]
-    if "properties" in closed and "allOf" not in closed:
+        if isinstance(closed.get(key), list):
+            closed[key] = [_close(value) for value in closed[key]]
+    if "properties" in closed:
         closed.setdefault("additionalProperties", False)
     return closed
 
 
-def _json(schema: Mapping[str, Any]) -> str:
+def _json(schema: Any) -> str:
+    if not isinstance(schema, Mapping):
+        raise ConstraintError(f"expected a JSON schema as an object, got {schema!r}")
     return "%json " + json.dumps({**close_objects(schema), "x-guidance": _JSON_STYLE}, ensure_ascii=False)
 
 

@@ -104,7 +104,7 @@ class HFEngine(Engine):
             room = self.spec.max_positions - position
             while True:
                 if logits_processor is not None:
-                    logits = logits_processor(ids, logits)
+                    logits = logits_processor(ids, logits.clone())  # in place must work outside inference mode
                 token = sampler.sample(logits)
                 stopped = token in sampling.stop_token_ids
                 ids.append(token)

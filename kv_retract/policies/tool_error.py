@@ -52,7 +52,11 @@ class ToolErrorRecovered(RetractionPolicy):
             else:
                 repaired += [(failure, result.message) for failure in waiting.pop(key, ())]
         repaired.sort(key=lambda pair: pair[0].message)
-        return [retraction for failure, by in repaired for retraction in self._retractions(failure, by)]
+        proposals: dict[SpanRef, Retraction] = {}
+        for failure, by in repaired:
+            for retraction in self._retractions(failure, by):
+                proposals.setdefault(retraction.span, retraction)  # one call may have two failed results
+        return list(proposals.values())
 
     def _retractions(self, failure: ToolResult, by: int) -> list[Retraction]:
         reason = f"{failure.name} failed; the call answered in message {by} succeeded"

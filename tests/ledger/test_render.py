@@ -187,14 +187,15 @@ def test_the_time_grows_with_the_length_and_not_faster(renderers):
         call = ToolCall("c", "search", '{"query": "the same", "limit": {}}')
         turn = [Message("assistant", "", (call, call)), Message("tool", "error: not found\n")]
         messages = [Message("user", "go"), *(m for _ in range(n) for m in turn)]
-        began = time.perf_counter()
+        began = time.process_time()
         rendering = renderers["chatml"].render(messages)
         assert len(rendering.spans()) == 1 + 3 * n
-        return time.perf_counter() - began
+        return time.process_time() - began
 
     seconds(50)
-    short, long = min(seconds(200) for _ in range(3)), min(seconds(1600) for _ in range(2))
-    assert long < 8 * short * 2.5, f"{short:.3f} s, then {long:.3f} s for eight times as much"
+    short, long = min(seconds(200) for _ in range(5)), min(seconds(1600) for _ in range(3))
+    # Quadratic growth would be 64 times; a busy machine makes linear growth look like more than 8.
+    assert long < 32 * short, f"{short:.3f} s, then {long:.3f} s for eight times as much"
 
 
 def test_stop_tokens_are_the_end_of_text_and_the_end_of_turn(renderers):
