@@ -197,12 +197,12 @@ def main() -> None:
     except KVRetractError as error:
         _fail(str(error), 2)
     except _UsageError as error:
-        context = getattr(error, "ctx", None)
         if type(error).__name__ == "NoArgsIsHelpError":  # has printed the help
             sys.exit(2)
+        context = getattr(error, "ctx", None)
         command = context.command_path if context else "kv-retract"
         _fail(f"{error.format_message().rstrip('.')}; see `{command} --help`", 2)  # type: ignore[attr-defined]
-    except typer.Abort:  # what releases of typer before 0.26 make of Ctrl-C
+    except typer.Abort:  # what some releases of typer make of Ctrl-C
         code = _INTERRUPTED
     if code == _INTERRUPTED:
         _fail("interrupted; no results were written", _INTERRUPTED)

@@ -289,7 +289,7 @@ class ChatKVRetract(BaseChatModel):
         return self._compiler
 
     def _answer_stream(self) -> AnswerStream:
-        return AnswerStream(self.session.renderer.tool_calls.begin, model_name=self.model_name)
+        return AnswerStream(self.session.renderer.tool_calls, model_name=self.model_name)
 
     def _result(self, last: StepDelta) -> ChatResult:
         assert isinstance(last.result, StepResult), "the last delta carries the result"

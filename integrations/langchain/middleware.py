@@ -6,7 +6,9 @@ thread; the session retracts and answers; the records of the thread go into the 
 
 So an answer and the retractions it was made under are one write of one graph step. An interrupt, a retry or a crash
 before that write leaves the session's own ledger, and the repeated call finds its retractions made. The state is what
-carries them elsewhere: to a new process, another replica, a copy of the checkpoint.
+carries them elsewhere: to a new process, another replica, a copy of the checkpoint. A checkpoint from before a
+retraction carries none: where an exact one must hold in its forks on another session too, give the session a ledger
+file.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from langgraph.types import Command
 from kv_retract.session import KVRetractSession
 
 from .chat_model import ChatKVRetract, throw_away_thread
-from .records import from_state, to_state
+from .records import from_state, merge, to_state
 from .threads import current_thread
 
 Request = ModelRequest[Any]
@@ -35,9 +37,9 @@ Response = ModelResponse[Any] | ExtendedModelResponse[Any]
 
 
 class RetractionState(AgentState[Any]):
-    """What the middleware adds to an agent's state; hidden from input and output."""
+    """What the middleware adds to an agent's state; hidden from input and output, not from streams of the state."""
 
-    kv_retractions: NotRequired[Annotated[list[dict[str, Any]], PrivateStateAttr]]
+    kv_retractions: NotRequired[Annotated[list[dict[str, Any]], PrivateStateAttr, merge]]
     """`RetractionRecord.to_json` of every retraction of the thread; no tensors, no retracted text."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from kv_retract.types import RetractionRecord
@@ -22,3 +22,11 @@ def from_state(state: Iterable[Mapping[str, Any]] | None) -> list[RetractionReco
         ValueError: an entry is no retraction record.
     """
     return [RetractionRecord.from_json(entry) for entry in state or ()]
+
+
+def merge(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Join what several writers of one graph step keep; of one retraction the newest form stays. A LangGraph reducer.
+
+    Records are never taken out of a state: a retraction that is undone is kept as `revoked`.
+    """
+    return list({entry.get("retraction_id"): dict(entry) for entry in (*old, *new)}.values())

@@ -10,6 +10,7 @@ from langchain_core.messages import AIMessageChunk
 from langchain_core.messages.tool import tool_call_chunk
 from langchain_core.outputs import ChatGenerationChunk
 
+from kv_retract.ledger.tool_calls import ToolCallFormat
 from kv_retract.types import StepDelta, StepResult
 
 from .messages import metadata, usage
@@ -22,15 +23,18 @@ class AnswerStream:
     """Turns the deltas of one step into LangChain's chunks.
 
     The text of tool calls never shows up as content: it is held back from the string that begins a call, and white
-    space before it too. Joined, the chunks are the message that `to_ai_message` makes.
+    space before it too. Joined, the chunks are the message that `to_ai_message` makes; only white space at the very
+    beginning, which that leaves out where calls follow, may be out already.
 
     Args:
-        begin: `ToolCallFormat.begin`.
+        calls: how the model writes tool calls.
         model_name: for `response_metadata`.
     """
 
-    def __init__(self, begin: str, *, model_name: str) -> None:
-        self._begin, self._model_name = begin, model_name
+    def __init__(self, calls: ToolCallFormat, *, model_name: str) -> None:
+        # Marks such as <|python_tag|> may stand before a call or in its place.
+        self._begins = (calls.begin, *calls.keep)
+        self._model_name = model_name
         self._text = ""
         self._emitted = 0
 
@@ -47,11 +51,14 @@ class AnswerStream:
 
     def _safe_end(self) -> int:
         """Return where the text ends that is content whatever comes."""
-        end = self._text.find(self._begin) if self._begin else 0
-        if end < 0:
-            end = len(self._text)
-            end -= max((n for n in range(1, len(self._begin)) if self._text.endswith(self._begin[:n])), default=0)
-        return len(self._text[:end].rstrip())
+        return len(self._text[: min(self._held_from(begin) for begin in self._begins)].rstrip())
+
+    def _held_from(self, begin: str) -> int:
+        """Return where the string begins, wholly or as far as the text goes."""
+        at = self._text.find(begin)
+        if at >= 0:
+            return at
+        return len(self._text) - max((n for n in range(1, len(begin)) if self._text.endswith(begin[:n])), default=0)
 
     def _last(self, result: StepResult) -> ChatGenerationChunk:
         shown, content = self._text[: self._emitted], result.message.content

@@ -33,16 +33,19 @@ def normalize_choice(choice: Any, tools: Sequence[Mapping[str, Any]]) -> str:
     names: list[str] = [tool["function"]["name"] for tool in tools]
     if choice is True and len(names) == 1:
         return names[0]
+    given = choice
     if isinstance(choice, Mapping):
-        choice = choice.get("function", choice).get("name", choice.get("type"))
+        function = choice.get("function", choice)
+        choice = function.get("name", choice.get("type", given)) if isinstance(function, Mapping) else given
     if isinstance(choice, str) and choice in names:
         return choice
-    modes = {None: "auto", False: "auto", "auto": "auto", True: "required", "any": "required", "required": "required"}
-    mode = "none" if choice == "none" else modes.get(choice)
+    modes = {mode: mode for mode in ("auto", "required", "none")}
+    modes |= {None: "auto", False: "auto", True: "required", "any": "required"}
+    mode = modes.get(choice) if isinstance(choice, str | bool | None) else None
     if mode is None:
         raise ValueError(
             f"expected tool_choice auto, any, required, none, a boolean or one of the tools "
-            f"({', '.join(names) or 'none bound'}), got {choice!r}"
+            f"({', '.join(names) or 'none bound'}), got {given!r}"
         )
     if mode == "required" and not names:
         raise ValueError(f"tool_choice {choice!r} asks for a tool call but no tool is bound; call bind_tools first")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from langchain_core.messages import SystemMessage
-from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda, run_in_executor
+from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda
 
 from kv_retract.session import KVRetractSession
 
@@ -42,7 +42,7 @@ def retract_step(
         A runnable, sync and async: state to state update.
 
     Raises:
-        ValueError: at run time, where the run has no `thread_id`.
+        ValueError: at run time, where the run has no `thread_id`, or the state no messages.
     """
     first = [SystemMessage(system_prompt)] if system_prompt else []
     openai_tools = to_openai_tools(tools) or None
@@ -51,17 +51,18 @@ def retract_step(
         thread_id = thread_of(config)
         if thread_id is None:
             raise ValueError('retract_step needs a thread; invoke with {"configurable": {"thread_id": ...}}')
+        messages = _get(state, messages_key)
+        if messages is None:
+            raise ValueError(f"retract_step expected messages under {messages_key!r} in the state; pass messages_key")
         if records_key is not None:
-            session.restore(thread_id, from_state(_get(state, records_key, [])))
-        session.retract(thread_id, to_messages([*first, *_get(state, messages_key)]), tools=openai_tools)
+            session.restore(thread_id, from_state(_get(state, records_key)))
+        session.retract(thread_id, to_messages([*first, *messages]), tools=openai_tools)
         return {} if records_key is None else {records_key: to_state(session.history(thread_id))}
 
-    async def aretract(state: Any, config: RunnableConfig) -> dict[str, Any]:
-        return await run_in_executor(None, retract, state, config)
-
-    return RunnableLambda(retract, afunc=aretract, name="retract")
+    # Called asynchronously, a lambda without a coroutine runs in a worker thread.
+    return RunnableLambda(retract, name="retract")
 
 
-def _get(state: Any, key: str, *default: Any) -> Any:
-    """Read a key of a state that may be a dictionary, a dataclass or a Pydantic model."""
-    return state.get(key, *default) if isinstance(state, Mapping) else getattr(state, key, *default)
+def _get(state: Any, key: str) -> Any:
+    """Read a key of a state that may be a dictionary, a dataclass or a Pydantic model; None where it is not there."""
+    return state.get(key) if isinstance(state, Mapping) else getattr(state, key, None)

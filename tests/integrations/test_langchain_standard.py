@@ -1,8 +1,10 @@
 """LangChain's own suites, against the real engine with a model that has learnt their prompts."""
 
 import pytest
+from langchain_core.exceptions import OutputParserException
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 from langchain_tests.unit_tests import ChatModelUnitTests
+from pydantic import BaseModel
 
 from kv_retract.integrations.langchain import ChatKVRetract
 
@@ -89,3 +91,27 @@ def test_every_method_of_structured_output_gives_the_learnt_answer(chat, method)
         "setup": "Why did the cat sit on the keyboard?",
         "punchline": "To keep an eye on the mouse.",
     }
+
+
+def test_structured_output_without_a_schema_or_a_known_method(chat):
+    with pytest.raises(ValueError, match="'function_calling' needs a schema; pass one, or method='json_mode'"):
+        chat.with_structured_output()
+    with pytest.raises(ValueError, match="expected method function_calling, json_schema, json_mode, got 'regex'"):
+        chat.with_structured_output({"title": "Joke", "type": "object"}, method="regex")
+    joke = chat.with_structured_output(method="json_mode").invoke("Tell me a joke about cats.")
+    assert joke["punchline"] == "To keep an eye on the mouse."
+
+
+@pytest.mark.parametrize("include_raw", [True, False])
+def test_an_answer_that_is_cut_off_is_a_parsing_error(chat, include_raw):
+    class Joke(BaseModel):
+        setup: str
+
+    model = chat.with_structured_output(Joke, method="json_schema", include_raw=include_raw, max_tokens=3)
+    if include_raw:
+        result = model.invoke("Tell me a joke about cats.")
+        assert result["parsed"] is None and isinstance(result["parsing_error"], OutputParserException)
+        assert result["raw"].response_metadata["finish_reason"] == "length"
+    else:
+        with pytest.raises(OutputParserException):
+            model.invoke("Tell me a joke about cats.")
