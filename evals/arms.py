@@ -12,10 +12,11 @@ import torch
 from kv_retract.cache.base import ThreadKey
 from kv_retract.engine.base import Engine, ExtendResult
 from kv_retract.erasers.base import ERASERS
+from kv_retract.errors import KVRetractError
 from kv_retract.ledger.render import Renderer, Rendering
 from kv_retract.planner import Planner
 from kv_retract.session import KVRetractSession
-from kv_retract.types import Message
+from kv_retract.types import Message, Retraction, RetractionPlan
 
 from .specs import Spec
 
@@ -23,6 +24,10 @@ REFERENCE = "recompute"
 """The arm that all others are compared with."""
 
 Tools = Sequence[Mapping[str, Any]]
+
+
+class ArmError(KVRetractError, RuntimeError):
+    """An eraser failed."""
 
 
 class Arm:
@@ -56,6 +61,21 @@ class Arm:
     ) -> ThreadKey:
         """Return the key of a thread with this arm's retractions applied."""
         return self.session.key(thread_id, messages, tools=tools, add_generation_prompt=add_generation_prompt)
+
+    def retract(
+        self, thread_id: str, messages: Sequence[Message], tools: Tools | None, proposals: Sequence[Retraction]
+    ) -> RetractionPlan:
+        """Take proposals back, as `KVRetractSession.retract`.
+
+        Raises:
+            ArmError: the eraser failed; the message names it.
+        """
+        try:
+            return self.session.retract(thread_id, messages, tools=tools, proposals=proposals)
+        except (KVRetractError, AssertionError):
+            raise
+        except Exception as error:
+            raise ArmError(f"eraser {self.label!r} failed: {type(error).__name__}: {error}") from error
 
     def extend(self, key: ThreadKey, *, num_last: int = 1) -> tuple[ExtendResult, float]:
         """Bring a key's cache up to date; return the result and the milliseconds it took, device included."""

@@ -70,11 +70,13 @@ def bench_edit(settings: EditBench, *, progress: Progress = silent) -> dict[str,
     from kv_retract.engine.hf import HFEngine
     from kv_retract.engine.models import load_model
 
+    if not 0 <= settings.depth <= 1:
+        raise BenchSettingError(f"expected a depth from 0 to 1, got {settings.depth}; pass another --depth")
     start = int(settings.depth * settings.context)
-    if not (0 <= start and settings.span > 0 and start + settings.span <= settings.context and settings.repeats > 0):
+    if not (settings.span > 0 and start + settings.span <= settings.context and settings.repeats > 0):
         raise BenchSettingError(
             f"expected a span inside of the thread and at least one repetition, got {settings.span} tokens from token "
-            f"{start} on of {settings.context}, {settings.repeats} repetitions"
+            f"{start} on of {settings.context}, {settings.repeats} repetitions; pass a smaller --span or --depth"
         )
     specs = [spec for spec in settings.arms if spec.label != REFERENCE] + [Spec(REFERENCE)]
     erasers = {spec.label: spec.create(ERASERS) for spec in specs}

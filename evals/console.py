@@ -33,7 +33,7 @@ def print_replay(result: ReplayResult, console: Console) -> None:
     for row in result.rows:
         if row["policy"] == ALL:
             cells = [number(row[column]) for column in (*_REPLAY_COLUMNS, "next_step_ms_median", "cached_tokens")]
-            table.add_row(row["arm"], *cells)
+            table.add_row(Text(row["arm"]), *cells)
     console.print(table)
     found = ", ".join(f"{policy} {n}" for policy, n in result.spans_by_policy().items()) or "none"
     console.print(f"Spans by policy: {found}", markup=False, highlight=False)
@@ -51,13 +51,14 @@ def print_bench(document: Mapping[str, Any], console: Console) -> None:
         f"Erase {document['span']} of {document['context']} tokens at {document['depth']:.0%} depth; model "
         f"{document['model']}, {document['dtype']}, {document['machine']['processor']}, "
         f"{document['machine']['threads']} threads; median of {document['repeats']}",
+        markup=False,
         highlight=False,
     )
     table = _table("arm", "edit, ms", "quartiles", "of recompute", "next step, ms")
     for name, arm in document["arms"].items():
         edit = arm["edit_ms"]
         table.add_row(
-            name,
+            Text(name),
             number(arm["edit_ms_median"]),
             f"{number(edit['low'])} to {number(edit['high'])}",
             f"{document['ratio_to_recompute'][name]:.2%}",

@@ -22,6 +22,9 @@ def expected_traces(paths: Sequence[Path], limit: int | None = None) -> int | No
     for path in paths:
         if path.suffix.lower() != ".jsonl" or not path.is_file():
             return limit
-        with path.open("rb") as file:
-            total += sum(1 for line in file if line.strip())
+        try:
+            with path.open("rb") as file:
+                total += sum(1 for line in file if line.strip())
+        except OSError:  # to be told by the reader
+            return limit
     return min(total, limit or total)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 MAX_SPANS = 2000
 """Longest list of retracted spans on a page; `samples.jsonl` has all steps."""
+MAX_PROBLEMS = 500
+"""Longest list of problems on a page; `metrics.json` has all."""
 
 
 def report_html(result: ReplayResult) -> str:
@@ -41,6 +43,8 @@ def report_html(result: ReplayResult) -> str:
             cost=cost_plot(own, arms) if own else "",
             spans=result.retracted[:MAX_SPANS],
             num_hidden=max(0, len(result.retracted) - MAX_SPANS),
+            problems=result.problems[:MAX_PROBLEMS],
+            num_hidden_problems=max(0, len(result.problems) - MAX_PROBLEMS),
         )
     )
 

@@ -11,7 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kv_retract.errors import OutputExistsError
+from kv_retract.errors import KVRetractError, OutputExistsError
+
+
+class OutputError(KVRetractError, OSError):
+    """Results cannot be written where the caller wants them."""
 
 
 @contextmanager
@@ -20,12 +24,14 @@ def results_folder(out: Path) -> Iterator[Path]:
 
     Raises:
         OutputExistsError: `out` is a file or a folder with something in it, now or at the end.
+        OutputError: nothing can be written there.
     """
-    check_free(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder, so that the move is one rename on one file system.
     draft = out.parent / f".{out.name}.{secrets.token_hex(4)}"
-    draft.mkdir()
+    with _writable(out):
+        check_free(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        draft.mkdir()
     try:
         yield draft
         try:
@@ -38,9 +44,15 @@ def results_folder(out: Path) -> Iterator[Path]:
 
 
 def check_free(out: Path) -> None:
-    """Raise OutputExistsError where `out` is a file, or a folder with something in it."""
-    if out.is_symlink() or out.exists():
-        if not out.is_dir() or any(out.iterdir()):
+    """Raise OutputExistsError where `out` is a file, a link, or a folder with something in it."""
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
+        raise _exists(out)
+
+
+def check_new(out: Path) -> None:
+    """Raise OutputExistsError where `out` is anything, OutputError where it cannot be looked at."""
+    with _writable(out):
+        if out.is_symlink() or out.exists():
             raise _exists(out)
 
 
@@ -49,14 +61,14 @@ def write_new_json(out: Path, value: Any) -> None:
 
     Raises:
         OutputExistsError: the file is there.
+        OutputError: nothing can be written there.
     """
     text = dump(value, indent=2) + "\n"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with _writable(out):
+        check_new(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("x", encoding="utf-8") as file:
             file.write(text)
-    except FileExistsError as error:
-        raise _exists(out) from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -84,6 +96,18 @@ def _strict(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_strict(item) for item in value]
     return value
+
+
+@contextmanager
+def _writable(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except KVRetractError:
+        raise
+    except OSError as error:
+        raise OutputError(
+            f"cannot write results to {str(out)!r}: {error.strerror or error}; choose another place"
+        ) from error
 
 
 def _exists(out: Path) -> OutputExistsError:

@@ -13,8 +13,9 @@ from kv_retract.registry import Registry
 
 T = TypeVar("T")
 
-_NAME = re.compile(r"[^\s:,=]+")
+_NAME = re.compile(r"\s*([^\s:,=]+)\s*")
 _PARAMETER = re.compile(r"\s*([A-Za-z_]\w*)\s*=\s*")
+_SPACE = re.compile(r"\s*")
 
 
 class SpecError(KVRetractError, ValueError):
@@ -80,7 +81,7 @@ def _parse(text: str) -> Iterable[Spec]:
             separator = text[at : at + 1]
         if separator == ":":
             raise _malformed(text, at)
-        yield Spec(name[0], parameters)
+        yield Spec(name[1], parameters)
         if not separator:
             return
         if separator != ",":
@@ -91,6 +92,7 @@ def _parse(text: str) -> Iterable[Spec]:
 def _value(text: str, at: int) -> tuple[Any, int]:
     try:
         value, end = json.JSONDecoder().raw_decode(text, at)
+        end = _SPACE.match(text, end).end()  # type: ignore[union-attr]
     except ValueError:
         value, end = None, -1
     if end < 0 or text[end : end + 1] not in ("", ","):

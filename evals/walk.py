@@ -162,7 +162,7 @@ class Walker:
                 # What an agent has in its cache by then: everything up to its own newest message.
                 before = trace.messages[: step.previous + 1]
                 arm.extend(arm.key(thread_id, before, tools, add_generation_prompt=False))
-            plan = arm.session.retract(thread_id, context, tools=tools, proposals=step.proposals)
+            plan = arm.retract(thread_id, context, tools, step.proposals)
             if arm.label == REFERENCE:
                 open_proposals = any(not dropped.why.startswith(_FINAL) for dropped in plan.dropped)
                 outcome.retracted += [_retracted(trace, step, plan, i) for i in range(len(plan.spans))]
@@ -197,7 +197,8 @@ class Walker:
             step=step.index,
             arm=arm.label,
             policies=tuple(sorted({name for span in plan.spans for name in span.record.policy.split("+")})),
-            own_edit=any(not span.why_exact for span in plan.spans),
+            # An edit without room for its copies turns exact, whatever the eraser.
+            own_edit=any(not span.why_exact for span in plan.spans) and erased.exact == arm.session.eraser.exact,
             tokens_scored=len(continuation),
             kl=None,
             top1=None,

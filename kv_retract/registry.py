@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
@@ -56,10 +55,9 @@ class Registry(Generic[T]):
         """
         factory = self.factory(name)
         try:
-            inspect.signature(factory).bind(**parameters)
+            return factory(**parameters)
         except TypeError as error:
             raise ValueError(f"{self.kind} {name!r} does not take {parameters!r}: {error}") from error
-        return factory(**parameters)
 
     def factory(self, name: str) -> Callable[..., T]:
         """Return the factory itself; raises UnknownNameError and PluginError."""

@@ -52,15 +52,17 @@ def ask(policy: RetractionPolicy, ctx: PolicyContext) -> list[Retraction]:
     """Return a policy's proposals.
 
     Raises:
-        PolicyError: the policy failed; the message names it and the thread.
+        PolicyError: the policy failed, or returned something else; the message names it and the thread.
         SpanError: the policy was told by its parameters to look at a place that is not there (`explicit`).
     """
+    where = f"policy {policy.name!r} failed on thread {ctx.thread_id!r} ({len(ctx.messages)} messages)"
     try:
-        return policy.propose(ctx)
+        proposals = list(policy.propose(ctx))
     except KVRetractError:
         raise
     except Exception as error:
-        raise PolicyError(
-            f"policy {policy.name!r} failed on thread {ctx.thread_id!r} ({len(ctx.messages)} messages): "
-            f"{type(error).__name__}: {error}"
-        ) from error
+        raise PolicyError(f"{where}: {type(error).__name__}: {error}") from error
+    for proposal in proposals:
+        if not isinstance(proposal, Retraction):
+            raise PolicyError(f"{where}: expected a list of Retraction from propose(), got a {type(proposal).__name__}")
+    return proposals

@@ -323,6 +323,11 @@ def test_policies_run_before_each_step_and_their_failures_surface(loaded, reques
     assert not session.step("t", thread(), sampling=SHORT).plan.spans
     with pytest.raises(PolicyError, match="'broken' failed on thread 't'.*KeyError: 'oops'"):
         session_on(loaded, request.node.name, policies=[Broken()]).step("t", thread())
+    for wrong, name in ((None, "NoneType"), ([SpanRef(2)], "SpanRef")):
+        broken = Broken()
+        broken.propose = lambda ctx, wrong=wrong: wrong
+        with pytest.raises(PolicyError, match=f"'broken' failed on thread 't'.*{name}"):
+            session_on(loaded, request.node.name, policies=[broken]).step("t", thread())
 
 
 def test_a_span_outside_the_thread_is_refused_and_nothing_is_kept(loaded, request):
