@@ -278,3 +278,5 @@ class KVRetractSession:
         finally:
             with self._lock:
                 self._streams[thread_id] -= 1
+                if not self._streams[thread_id]:
+                    del self._streams[thread_id]
