@@ -29,6 +29,7 @@ def stream_answer(
     stop_ids = tuple(sorted({*sampling.stop_token_ids, *renderer.stop_token_ids}))
     sampling = replace(sampling, stop_token_ids=stop_ids)
     text, ids, logprobs, cached, reason = TextStream(renderer.decode, sampling.stop), [], [], 0, "length"
+    told = 0  # of the ids, in earlier pieces
     tokens = engine.generate(view.key, sampling, logits_processor=logits_processor)
     with closing(cast(Generator[GeneratedToken, None, None], tokens)):
         for token in tokens:
@@ -39,7 +40,8 @@ def stream_answer(
             logprobs.append(token.logprob or 0.0)
             delta = text.push(token.id)
             if delta:
-                yield StepDelta(text=delta, token_ids=(token.id,))
+                yield StepDelta(text=delta, token_ids=tuple(ids[told:]))
+                told = len(ids)
             if text.stopped:
                 reason = "stop"
                 break
@@ -53,7 +55,7 @@ def stream_answer(
         num_cached_tokens=cached,
         num_completion_tokens=len(ids),
         plan=plan,
-        retraction_ids=tuple(record.retraction_id for record in view.records),
+        retraction_ids=tuple(dict.fromkeys(record.retraction_id for record in view.records)),
         logprobs=tuple(logprobs) if sampling.logprobs else None,
     )
-    yield StepDelta(text=rest, result=result)
+    yield StepDelta(text=rest, token_ids=tuple(ids[told:]), result=result)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from .engine.base import Engine
 from .erasers import EditShape, Eraser, RecomputeEraser
 from .errors import PoolExhaustedError
 from .planner import EraserFacts
 from .thread import ThreadView
-from .types import EraseResult, RetractionPlan
+from .types import EraseResult, Guarantee, RetractionPlan
 
 
 def facts_of(eraser: Eraser) -> EraserFacts:
@@ -25,7 +27,7 @@ def apply_plan(engine: Engine, eraser: Eraser, view: ThreadView, plan: Retractio
 
     The planner makes everything behind an exact span exact, so steered spans come first. With both kinds, what lies
     behind the first exact span is forgotten and left to the next prefill, which then runs on the steered part. Where
-    the pool has no room for the copies that a steered edit needs, the path is forgotten from the first span on.
+    the pool has no room for what an edit copies or recomputes, the path is forgotten from the first span on.
 
     Args:
         engine: holds the thread.
@@ -37,14 +39,28 @@ def apply_plan(engine: Engine, eraser: Eraser, view: ThreadView, plan: Retractio
         What was done; `exact` although spans were to be steered where there was no room: the next prefill leaves
         them out.
     """
+    try:
+        result = _edit(engine, eraser, view, plan)
+    except PoolExhaustedError:
+        freed = engine.drop(view.key, view.entry(plan.spans[0].start))
+        result = EraseResult(eraser_id=RecomputeEraser().eraser_id, slots_freed=freed, exact=True)
+    guaranteed = [s.start for s in plan.spans if s.record.guarantee is Guarantee.EXACT]
+    if guaranteed:
+        # A decoded answer or a fork may hold the old path; a secret must not stay behind in it.
+        freed = engine.purge(view.key, view.entry(min(guaranteed)))
+        result = replace(result, slots_freed=result.slots_freed + freed)
+    return result
+
+
+def _edit(engine: Engine, eraser: Eraser, view: ThreadView, plan: RetractionPlan) -> EraseResult:
     exact, steered = [s for s in plan.spans if s.exact], [s for s in plan.spans if not s.exact]
     if not steered:
         new_key = view.key_after(exact, exact_from=exact[0].start)
         return engine.erase(view.key, view.entries(exact), RecomputeEraser(), new_key)
+    end = len(view.key)
     if exact:
-        engine.drop(view.key, view.entry(exact[0].start))
-    try:
-        return engine.erase(view.key, view.entries(steered), eraser, view.key_after(steered))
-    except PoolExhaustedError:
-        freed = engine.drop(view.key, view.entry(steered[0].start))
-        return EraseResult(eraser_id=RecomputeEraser().eraser_id, slots_freed=freed, exact=True)
+        end = view.entry(exact[0].start)
+        engine.drop(view.key, end)
+    # Where others share what is behind `end` it is still cached; it is no part of this thread any more.
+    old, new = view.key.cut(end), view.key_after(steered).cut(end)
+    return engine.erase(old, view.entries(steered), eraser, new)

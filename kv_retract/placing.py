@@ -17,6 +17,7 @@ from .spans import clip, subtract, union
 from .types import Dropped, Guarantee, Interval, Message, Retraction, RetractionRecord, Scope, SpanRef, Status
 
 _Part: TypeAlias = tuple[int, str, int]
+_COVERED = "already retracted"
 
 
 class SupportsIntervals(Protocol):
@@ -28,6 +29,9 @@ class SupportsIntervals(Protocol):
 
     def interval(self, ref: SpanRef, /) -> Interval:
         """Tokens that hold the span; raises SpanError where it cannot be located."""
+
+    def leaves_out(self, ref: SpanRef, /) -> bool:
+        """Whether the span is certainly not in the rendering."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +95,9 @@ def without_retracted(
         pieces = subtract(extent, covered.get(_part(retraction.span), ()))
         if pieces != [extent]:
             pieces = [(max(start, 0), end) for start, end in pieces if end > max(start, 0)]
-        if not pieces:
-            dropped.append(drop(retraction, _why_covered(retraction, standing)))
+        why = _why_covered(retraction, standing, messages)
+        if not pieces or why != _COVERED:
+            dropped.append(drop(retraction, why))
         for number, piece in enumerate(pieces):
             trimmed = _with_characters(retraction, piece, messages)
             # The notice is said once, with the first piece.
@@ -109,11 +114,15 @@ def locate(
     """Find the tokens of each retraction; return the places in token order, apart from each other and from records.
 
     Raises:
-        SpanError: one by the policy `explicit` cannot be located.
+        SpanError: one by the policy `explicit` cannot be located, and is not the rest of a part that is retracted.
     """
     taken = union(_record_intervals(rendering, records))
+    begun = {_part(record.span) for record in records if record.status is not Status.REVOKED}
     places = []
     for retraction in retractions:
+        if _part(retraction.span) in begun and rendering.leaves_out(retraction.span):
+            dropped.append(drop(retraction, "empty: the template shows nothing of it"))
+            continue
         try:
             interval = rendering.interval(retraction.span)
         except SpanError as error:
@@ -171,11 +180,16 @@ def _covered(records: Iterable[RetractionRecord], messages: Sequence[Message]) -
     return covered
 
 
-def _why_covered(retraction: Retraction, standing: Sequence[RetractionRecord]) -> str:
-    steered = any(_part(r.span) == _part(retraction.span) and r.status is Status.STEERED for r in standing)
-    if retraction.guarantee is Guarantee.EXACT and steered:
-        return "already retracted, but steered: heal the thread to make it exact"
-    return "already retracted"
+def _why_covered(retraction: Retraction, standing: Sequence[RetractionRecord], messages: Sequence[Message]) -> str:
+    """Say why what records cover is not planned again: the same, unless it is to be exact and was only steered."""
+    steered = _covered((r for r in standing if r.status is Status.STEERED), messages)
+    extent = _characters(retraction.span, messages)
+    left = subtract(extent, steered.get(_part(retraction.span), ()))
+    if retraction.guarantee is not Guarantee.EXACT or left == [extent]:
+        return _COVERED
+    return (
+        f"already retracted{', in part' if left else ''}, but steered: set it to exact in the ledger to have it rebuilt"
+    )
 
 
 def _record_intervals(rendering: SupportsIntervals, records: Iterable[RetractionRecord]) -> list[Interval]:

@@ -23,7 +23,8 @@ class EraserFacts:
     exact: bool = False
     """Whether the edit equals a fresh prefill without the span."""
     recomputed: Callable[[int, int, int], int] = lambda prefix, span, suffix: 0
-    """`(prefix, span, suffix)` in tokens -> tokens that the edit sends through the model."""
+    """`(prefix, span, suffix)` in tokens -> tokens that the edit of one span sends through the model, where the suffix
+    ends with the next span."""
 
 
 @dataclass(kw_only=True)
@@ -156,27 +157,16 @@ class _Edit:
     """The edit of one step as far as it is chosen, built from its end to its beginning."""
 
     limit: int
-    """Where the cached suffix ends: what follows is recomputed or prefilled whatever is chosen."""
-    steered_tokens: int = 0
-    """In steered spans."""
-    exact_cost: int = 0
-    steered_cost: int = 0
-
-    @property
-    def cost(self) -> int:
-        """Tokens through the model."""
-        return self.exact_cost + self.steered_cost
+    """Where the cached suffix of the next span ends: at the span behind it, or where what follows is recomputed or
+    prefilled whatever is chosen."""
+    cost: int = 0
+    """Tokens through the model."""
 
     def with_place(self, place: Place, *, exact: bool, eraser: EraserFacts) -> _Edit:
         """Return the edit with one more place, which lies before all others."""
-        if exact:
-            recomputed = max(0, self.limit - place.end)
-            return dataclasses.replace(self, limit=place.start, exact_cost=self.exact_cost + recomputed)
-        tokens = self.steered_tokens + place.end - place.start
-        suffix = max(0, self.limit - place.start - tokens)
-        return dataclasses.replace(
-            self, steered_tokens=tokens, steered_cost=eraser.recomputed(place.start, tokens, suffix)
-        )
+        suffix = max(0, self.limit - place.end)
+        tokens = suffix if exact else eraser.recomputed(place.start, place.end - place.start, suffix)
+        return _Edit(limit=place.start, cost=self.cost + tokens)
 
 
 def _planned(place: Place, messages: Sequence[Message], thread_id: str, eraser: EraserFacts, now: str) -> PlannedSpan:

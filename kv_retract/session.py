@@ -51,7 +51,7 @@ class KVRetractSession:
         planner: decides what is done with their proposals.
         ledger: where retractions are kept; in memory by default. A path opens an SQLite file.
         extra_key: namespace of the threads in the prefix cache; sessions with different ones share nothing.
-        notify: append a short notice to the newest message whenever something is withdrawn (DESIGN D9).
+        notify: append a short notice whenever something is withdrawn (`Retraction.notice`, DESIGN D9).
     """
 
     def __init__(

@@ -69,13 +69,18 @@ def union(intervals: Iterable[Interval]) -> list[Interval]:
     return joined
 
 
-def clip(interval: Interval, taken: Sequence[Interval]) -> Interval:
-    """Return the first free part of `interval` where `taken` (sorted, apart) stands already; (start, start) if none.
+def free_parts(interval: Interval, taken: Sequence[Interval]) -> list[Interval]:
+    """Return the parts of `interval` that are in none of `taken` (sorted, apart), in order.
 
     Neighboring spans of characters may share one token that straddles their border. It belongs to the span that was
     there first.
     """
     first = max(0, bisect_left(taken, interval) - 1)
     last = bisect_left(taken, (interval[1], interval[1]), lo=first)
-    free = subtract(interval, taken[first:last])
+    return subtract(interval, taken[first:last])
+
+
+def clip(interval: Interval, taken: Sequence[Interval]) -> Interval:
+    """Return the first of the `free_parts`; (start, start) if there is none."""
+    free = free_parts(interval, taken)
     return free[0] if free else (interval[0], interval[0])

@@ -6,6 +6,7 @@ where spans that were removed exactly are missing. `ThreadView` converts between
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +16,7 @@ from .cache.keys import KeyEdit, build_key
 from .engine.base import Engine
 from .ledger.ledger import applicable
 from .ledger.render import Renderer, Rendering
+from .spans import free_parts
 from .types import Interval, Message, PlannedSpan, Retraction, RetractionRecord, Status
 
 Tools = Sequence[Mapping[str, Any]]
@@ -74,7 +76,9 @@ def view_thread(
     """Render a thread with its retractions applied: the only way from messages to a key.
 
     A steered span keeps its tombstones while they are cached. Cold ones must never reach the model: the span is then
-    left out, and the thread is exact there.
+    left out, and the thread is exact there. So is a span that ends the thread, since the next token follows from the
+    last entry, which therefore has to be an ordinary token. A span that the template shows nothing of any more (the
+    reasoning of earlier turns) leaves nothing to edit.
 
     Raises:
         MessageError: a message cannot be rendered.
@@ -84,11 +88,14 @@ def view_thread(
     rendering = renderer.render(
         messages, tools=tools, notices=_notices(applied), add_generation_prompt=add_generation_prompt
     )
+    # A token that two spans claim belongs to the one that was retracted first, as the planner has it.
+    age = {r.retraction_id: n for n, r in enumerate(records)}
     while True:
-        edits = _edits(applied, rendering)
+        edits = _edits(sorted(applied, key=lambda r: age[r.retraction_id]), rendering)
         key = build_key(rendering.ids, edits, extra_key=extra_key)
         view = ThreadView(rendering, applied, edits, key, engine.cached(key))
-        cold = {e.retraction_id for e in edits if not e.exact and view.entry(e.end) > view.cached}
+        usable = min(view.cached, len(key) - 1)
+        cold = {e.retraction_id for e in edits if not e.exact and view.entry(e.end) > usable}
         if not cold:
             return view
         applied = tuple(replace(r, status=Status.EXACT) if r.retraction_id in cold else r for r in applied)
@@ -114,15 +121,20 @@ def _edit(record: RetractionRecord, start: int, end: int) -> KeyEdit:
 
 
 def _edits(records: Sequence[RetractionRecord], rendering: Rendering) -> tuple[KeyEdit, ...]:
-    """Place retractions in the rendering, in token order; a token that two of them claim belongs to the first."""
-    placed = sorted(((*rendering.interval(r.span), r) for r in records), key=lambda p: p[:2])
+    """Place retractions in the rendering; a token that two of them claim belongs to the earlier of `records`.
+
+    Returns:
+        The edits in token order, apart from each other.
+    """
     edits: list[KeyEdit] = []
-    at = 0
-    for start, end, record in placed:
-        if end > max(start, at):
-            edits.append(_edit(record, max(start, at), end))
-            at = end
-    return tuple(edits)
+    taken: list[Interval] = []
+    for record in records:
+        if rendering.leaves_out(record.span):
+            continue
+        for start, end in free_parts(rendering.interval(record.span), taken):
+            edits.append(_edit(record, start, end))
+            insort(taken, (start, end))
+    return tuple(sorted(edits, key=lambda e: e.start))
 
 
 def _notices(records: Sequence[RetractionRecord]) -> dict[int, str]:

@@ -38,7 +38,7 @@ class Scope(StrEnum):
     """Only where everything from the span's message up to the newest message of that moment still stands: a fork
     from before the retraction sees what it saw then."""
     THREAD = "thread"
-    """Wherever the span's message stands in this thread, also in forks from before."""
+    """Wherever a message equal to the span's stands in this thread, also in forks from before."""
 
 
 class Status(StrEnum):
@@ -123,7 +123,8 @@ class Retraction:
     confidence: float = 1.0
     """0 to 1, for the wrappers that filter on it."""
     notice: str | None = None
-    """Text that tells the model what was withdrawn (DESIGN D9); appended to the newest message of that moment."""
+    """Text that tells the model what was withdrawn (DESIGN D9); appended to the newest message of that moment, with
+    scope `THREAD` to the span's own message."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -281,8 +282,10 @@ class StepDelta:
     """One piece of a streamed answer."""
 
     text: str
-    """New text; empty while a character is incomplete or a stop string may have begun."""
+    """New text. While a character is incomplete or a stop string may have begun there is no piece; the last may be
+    empty."""
     token_ids: tuple[int, ...] = ()
+    """What was decoded since the piece before: joined, `StepResult.token_ids`."""
     result: StepResult | None = None
     """On the last piece only."""
 

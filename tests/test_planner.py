@@ -35,6 +35,10 @@ class FakeRendering:
     def ids(self):
         return range(self._base(len(self.messages)) - 1)
 
+    def leaves_out(self, ref):
+        """As a template that trims contents."""
+        return ref.part == "content" and self.messages[ref.message].content[ref.start : ref.end].isspace()
+
     def interval(self, ref):
         message = self.messages[ref.message]
         if "hidden" in message.content:
@@ -183,7 +187,24 @@ def test_retracted_characters_are_not_planned_again():
 def test_stronger_guarantee_for_a_steered_span_is_reported():
     records = [s.record for s in plan([retract(SpanRef(3))], exact_suffix=0).spans]
     result = plan([retract(SpanRef(3), guarantee=Guarantee.EXACT)], records=records)
-    assert not result.spans and "heal" in whys(result)[0]
+    assert not result.spans and "set it to exact" in whys(result)[0]
+
+
+def test_stronger_guarantee_for_a_span_that_is_steered_in_part_is_reported():
+    records = [s.record for s in plan([retract(SpanRef(3, start=90, end=120))], exact_suffix=0).spans]
+    result = plan([retract(SpanRef(3), guarantee=Guarantee.EXACT)], records=records)
+    assert len(result.spans) == 2
+    assert whys(result) == ["already retracted, in part, but steered: set it to exact in the ledger to have it rebuilt"]
+    elsewhere = plan([retract(SpanRef(3, start=200, end=300), guarantee=Guarantee.EXACT)], records=records)
+    assert len(elsewhere.spans) == 1 and not elsewhere.dropped
+
+
+def test_the_rest_of_a_part_that_the_template_does_not_show_is_dropped():
+    messages = [*THREAD[:3], Message(role="tool", content="t" * 30 + "   ", tool_call_id="c1"), *THREAD[4:]]
+    rest = SpanRef(3, start=0, end=30)
+    records = [s.record for s in plan([retract(rest)], messages=messages, exact_suffix=0).spans]
+    result = plan([retract(SpanRef(3), policy="explicit")], messages=messages, records=records)
+    assert not result.spans and whys(result) == ["empty: the template shows nothing of it"]
 
 
 def test_token_between_two_spans_belongs_to_the_first():

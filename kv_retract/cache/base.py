@@ -43,6 +43,10 @@ class ThreadKey:
         """Position of the token that would follow."""
         return int(self.positions[-1]) + 1 if len(self.positions) else 0
 
+    def cut(self, end: int) -> ThreadKey:
+        """Return the key of the first `end` entries."""
+        return ThreadKey(self.ids[:end], self.positions[:end], self.extra_key)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MatchResult:
@@ -115,6 +119,18 @@ class PrefixCache(ABC):
         Works upwards from the deepest matched node and stops at the first node with another child or a lock. `start`
         inside a page or node: only what lies wholly at or after the page boundary at or below `start` is removed
         (the boundary is split first).
+
+        Returns:
+            The slots given up, in the form of `evict`; the caller releases them.
+        """
+
+    @abstractmethod
+    def remove_branches(self, ids: IntArray, start: int, *, extra_key: str = "") -> IntArray:
+        """Remove what lies behind entry `start` of the path `ids`, and every other path that goes through that entry.
+
+        Whatever was computed after reading the entry goes, whoever indexed it; what is locked, and what leads to it,
+        stays. `start` inside a page: paths that share the whole page. Nothing is removed where the path is not indexed
+        past `start`.
 
         Returns:
             The slots given up, in the form of `evict`; the caller releases them.

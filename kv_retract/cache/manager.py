@@ -119,6 +119,10 @@ class CacheManager:
         """
         return self.free(self.pages_of(self.index.remove_tail(ids, start, extra_key=extra_key)))
 
+    def purge(self, ids: IntArray, start: int, *, extra_key: str = "") -> int:
+        """As `drop`, and forget also what other paths hold that go through entry `start`, unless it is running."""
+        return self.free(self.pages_of(self.index.remove_branches(ids, start, extra_key=extra_key)))
+
     # -- pages ------------------------------------------------------------------------------------------------------
 
     def alloc(self, num_pages: int) -> IntArray:

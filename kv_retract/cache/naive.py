@@ -106,6 +106,18 @@ class NaiveCache(PrefixCache):
         self.forget(matched[first:])
         return slots
 
+    def remove_branches(self, ids: IntArray, start: int, *, extra_key: str = "") -> IntArray:
+        """Remove every page whose path begins with `ids` up to the page that holds `start`, longest paths first."""
+        end = (start // self.page_size + 1) * self.page_size
+        if len(ids) < end:
+            return np.empty(0, dtype=np.int64)
+        begin = tuple(ids[:end].tolist())
+        through = [path for path in self.pages if path[0] == extra_key and path[1][: len(begin)] == begin]
+        free = [path for path in through if not self.pages[path].lock_ref]
+        slots = self._slots(free)
+        self.forget(free)
+        return slots
+
     def held_slots(self) -> IntArray:
         """All slots, one row per page of a path."""
         return self._slots(self.pages)

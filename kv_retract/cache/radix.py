@@ -154,6 +154,20 @@ class RadixCache(PrefixCache):
             given.append(self._unlink(node))
         return np.concatenate(given[::-1]) if given else _EMPTY.copy()
 
+    def remove_branches(self, ids: IntArray, start: int, *, extra_key: str = "") -> IntArray:
+        """Remove the subtree that the path enters at `start`."""
+        start = start // self.page_size * self.page_size
+        above = self._walk(ids[:start], extra_key, split=True)
+        root = above[-1] if above else self._roots.get(extra_key)
+        if root is None or sum(len(node.ids) for node in above) < start or len(ids) - start < self.page_size:
+            return _EMPTY.copy()
+        node = root.children.get(self._child_key(ids[start : start + self.page_size]))
+        subtree = [] if node is None else [node]
+        for found in subtree:  # grows: parents stand before their children
+            subtree.extend(found.children.values())
+        given = [self._unlink(found) for found in reversed(subtree) if not found.children and not found.lock_ref]
+        return np.concatenate(given) if given else _EMPTY.copy()
+
     def held_slots(self) -> IntArray:
         """All slots, one row per reference to a page."""
         slots = [node.slots for node in self._nodes()]

@@ -128,6 +128,14 @@ class Engine(ABC):
     def drop(self, key: ThreadKey, start: int) -> int:
         """Forget the cached entries of `key` from `start` on that nothing else uses; return the slots freed, zeroed."""
 
+    def purge(self, key: ThreadKey, start: int) -> int:
+        """As `drop`, and forget also what other threads, forks and answers cached after reading entry `start` of `key`.
+
+        For guarantees of deletion: no KV that has seen the entry stays, but that of sequences that are running. An
+        engine that shares nothing needs no more than `drop`.
+        """
+        return self.drop(key, start)
+
     @abstractmethod
     def read_kv(self, key: ThreadKey, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return copies of the cached K (rotated) and V of the visible entries in `[start, end)`.

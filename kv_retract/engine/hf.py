@@ -132,9 +132,7 @@ class HFEngine(Engine):
         _check_keys(key, spans, eraser, new_key)
         started = time.perf_counter()
         with self._lock:
-            cached = self._manager.match(key.ids, extra_key=key.extra_key)
-            # A span that eviction has cut in half goes as a whole: what is left of the path ends before it.
-            cached = min([cached, *(start for start, end in spans if start < cached < end)])
+            cached = _end_of_edit(self._manager.match(key.ids, extra_key=key.extra_key), spans, self._pool.page_size)
             whole = [(start, end) for start, end in spans if end <= cached]
             erased = sum(end - start for start, end in whole)
             if not whole:
@@ -150,6 +148,11 @@ class HFEngine(Engine):
         """Forget the exclusive tail."""
         with self._lock:
             return self._manager.drop(key.ids, start, extra_key=key.extra_key)
+
+    def purge(self, key: ThreadKey, start: int) -> int:
+        """Forget the tail and its branches."""
+        with self._lock:
+            return self._manager.purge(key.ids, start, extra_key=key.extra_key)
 
     def read_kv(self, key: ThreadKey, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Copy K and V out."""
@@ -229,7 +232,7 @@ class HFEngine(Engine):
         first = spans[0][0]
         if cached < self._manager.match(key.ids, extra_key=key.extra_key):
             self._manager.drop(key.ids, cached, extra_key=key.extra_key)
-        old = ThreadKey(key.ids[:cached], key.positions[:cached], key.extra_key)
+        old = key.cut(cached)
         with self._manager.open_edit(old.ids, extra_key=key.extra_key, start=first) as path:
             view = HFEditView(old, spans, path, self._pool, self._runner, self._rotary, self._chunk)
             eraser.erase(view)
@@ -239,14 +242,24 @@ class HFEngine(Engine):
         if view.rebuild_asked:
             freed = self._manager.drop(key.ids, first, extra_key=key.extra_key)
             left = cached - sum(end - start for start, end in spans)
-            rest = ThreadKey(new_key.ids[:left], new_key.positions[:left], key.extra_key)
-            view.tokens_recomputed += self.extend(rest).num_prefilled_tokens if left > first else 0
+            view.tokens_recomputed += self._prefill_again(new_key.cut(left)) if left > first else 0
         return {
             "tokens_recomputed": view.tokens_recomputed,
             "tokens_moved": view.tokens_moved,
             "slots_copied": path.slots_copied,
             "slots_freed": freed,
         }
+
+    def _prefill_again(self, key: ThreadKey) -> int:
+        """Prefill the rest of a path that was cut off; return the tokens it took.
+
+        The page at the cut went as a whole. Where an earlier tombstone was in it, nothing is prefilled: that span has
+        to leave the key first, as whoever builds the next key finds out.
+        """
+        try:
+            return self.extend(key).num_prefilled_tokens
+        except ColdTombstoneError:
+            return 0
 
     def _slots(self, key: ThreadKey, start: int, end: int) -> IntArray:
         lease = self._manager.lease(key.ids, extra_key=key.extra_key)
@@ -258,6 +271,16 @@ class HFEngine(Engine):
             return lease.slots[start:end].copy()
         finally:
             self._manager.release(lease, keep=lease.num_cached)
+
+
+def _end_of_edit(cached: int, spans: Sequence[Interval], page_size: int) -> int:
+    """Return where the path ends that can be edited: at a border of pages, and inside of no span.
+
+    A span that eviction has cut in half goes as a whole: what is left of the path ends before it.
+    """
+    while cut := [start for start, end in spans if start < cached < end]:
+        cached = min(cut) // page_size * page_size
+    return cached
 
 
 def _check_keys(key: ThreadKey, spans: Sequence[Interval], eraser: SupportsErase, new_key: ThreadKey) -> None:

@@ -28,9 +28,11 @@ class SelectiveEraser(Eraser):
     """Layer that ranks the tokens; layer 0 sees no context, so 1 is the first that can tell."""
 
     def __post_init__(self) -> None:
-        """Refuse a ratio outside of 0 to 1."""
+        """Refuse a ratio outside of 0 to 1, and a negative layer."""
         if not 0 <= self.ratio <= 1:
             raise ValueError(f"selective: ratio must be in [0, 1], got {self.ratio}")
+        if self.layer < 0:
+            raise ValueError(f"selective: layer must not be negative, got {self.layer}")
 
     def cost(self, shape: EditShape) -> EditCost:
         """The chosen tokens; ranking costs `layer` layers of the suffix on top."""

@@ -40,15 +40,14 @@ class Rendering:
         """
         start, end, length = self._range(ref)
         where = f"message {ref.message}, {_part_name(ref)}"
-        located = self.places.get(_place(ref))
+        located = self._located(ref)
         if located is None or located is LEFT_OUT:
             does = "leaves it out" if located else "rewrites it"
             raise SpanError(
                 f"{where}: it cannot be located in the rendered thread, since the chat template {does}; retract "
                 "another part, or use a template that keeps it"
             )
-        whole = ref.start == 0 and ref.end is None
-        chars = (located.start, located.end) if whole else located.characters(self.text, start, end)
+        chars = self._characters(ref, located, start, end)
         if chars is None:
             raise SpanError(
                 f"{where}: the chat template rewrites it, so characters [{start}, {end}) of {length} cannot be "
@@ -62,8 +61,17 @@ class Rendering:
         return self.encoding.interval(*chars)
 
     def leaves_out(self, ref: SpanRef) -> bool:
-        """Return whether the template certainly shows nothing of the part that `ref` lies in."""
-        return self.places.get(_place(ref)) is LEFT_OUT
+        """Return whether the template certainly shows nothing of what `ref` names; `interval` raises there.
+
+        Raises:
+            SpanError: it is out of range or empty.
+        """
+        start, end, _ = self._range(ref)
+        located = self._located(ref)
+        if located is None or located is LEFT_OUT:
+            return located is LEFT_OUT
+        chars = self._characters(ref, located, start, end)
+        return chars is not None and chars[0] >= chars[1]
 
     def spans(self) -> tuple[TokenSpan, ...]:
         """Return the place of every content and tool call that could be located, in token order."""
@@ -95,6 +103,13 @@ class Rendering:
             )
         return int(np.searchsorted(self.encoding.starts, len(begin), side="left"))
 
+    def _located(self, ref: SpanRef) -> Located | None:
+        return self.places.get((ref.message, ref.part, ref.call if ref.part == "tool_call" else 0))
+
+    def _characters(self, ref: SpanRef, located: Located, start: int, end: int) -> Interval | None:
+        whole = ref.start == 0 and ref.end is None
+        return (located.start, located.end) if whole else located.characters(self.text, start, end)
+
     def _range(self, ref: SpanRef) -> tuple[int, int, int]:
         if not 0 <= ref.message < len(self.messages):
             raise SpanError(f"expected a message from 0 to {len(self.messages) - 1}, got {ref.message!r}")
@@ -115,10 +130,6 @@ class Rendering:
                 f"characters, got [{ref.start}, {end})"
             )
         return ref.start, end, length
-
-
-def _place(ref: SpanRef) -> Place:
-    return ref.message, ref.part, ref.call if ref.part == "tool_call" else 0
 
 
 def _part_name(ref: SpanRef) -> str:

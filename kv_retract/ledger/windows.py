@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from ..errors import SpanError
-from ..types import Guarantee, Message, Retraction, RetractionRecord, Scope, Status, window_digest
+from ..types import Guarantee, Message, Retraction, RetractionRecord, Scope, SpanRef, Status, window_digest
 
 Window = tuple[int, str]
 """(window_size, window_digest)"""
@@ -23,19 +23,42 @@ def applicable(records: Sequence[RetractionRecord], messages: Sequence[Message])
 def standing(records: Sequence[RetractionRecord], messages: Sequence[Message]) -> tuple[RetractionRecord, ...]:
     """Return the records whose window stands in `messages`, revoked ones too.
 
-    A window may stand in several places, where messages repeat each other. A record then keeps the place at which it
-    was made, else it takes the nearest one; records made at different messages take different places while there are
-    enough, so that none of two equal messages comes back when older ones are pruned.
+    A window may stand in several places, where messages repeat each other. A record of scope `THREAD` applies to all of
+    them, once for each. One of scope `BRANCH` keeps the place at which it was made, else it takes the nearest one;
+    records made at different messages take different places while there are enough, so that none of two equal messages
+    comes back when older ones are pruned.
 
     Returns:
         The records with `span.message` set to where they stand now, in order of (message, part, call, start).
     """
     if not records:
         return ()
+    digests = [m.digest() for m in messages]
+    everywhere = [r for r in records if r.scope is Scope.THREAD]
+    placed = [*_everywhere(everywhere, digests), *_once([r for r in records if r.scope is Scope.BRANCH], digests)]
+    return tuple(sorted(placed, key=lambda r: (r.span.message, r.span.part, r.span.call, r.span.start)))
+
+
+def _everywhere(records: Sequence[RetractionRecord], digests: Sequence[str]) -> list[RetractionRecord]:
+    """Place records of one message at every message that equals it; of two for one span, the one made there stays."""
+    if not records:
+        return []
+    places: dict[str, list[int]] = defaultdict(list)
+    for index, digest in enumerate(digests):
+        places[window_digest([digest])].append(index)
+    placed: dict[SpanRef, RetractionRecord] = {}
+    for r in records:
+        for index in places.get(r.window_digest, ()):
+            span = replace(r.span, message=index)
+            if span == r.span or span not in placed:
+                placed[span] = replace(r, span=span)
+    return list(placed.values())
+
+
+def _once(records: Sequence[RetractionRecord], digests: Sequence[str]) -> list[RetractionRecord]:
     wanted: dict[Window, set[int]] = defaultdict(set)
     for r in records:
         wanted[r.window_size, r.window_digest].add(r.span.message)
-    digests = [m.digest() for m in messages]
     moved = {window: at for window, at in wanted.items() if not _all_in_place(window, at, digests)}
     found = _scan(digests, moved)
     places: dict[tuple[Window, int], int] = {}
@@ -44,12 +67,11 @@ def standing(records: Sequence[RetractionRecord], messages: Sequence[Message]) -
             places.update({(window, i): i for i in indices})
         elif window in found:
             places.update({(window, i): at for i, at in _assign(indices, found[window]).items()})
-    placed = [
+    return [
         replace(r, span=replace(r.span, message=places[(r.window_size, r.window_digest), r.span.message]))
         for r in records
         if ((r.window_size, r.window_digest), r.span.message) in places
     ]
-    return tuple(sorted(placed, key=lambda r: (r.span.message, r.span.part, r.span.call, r.span.start)))
 
 
 def record_for(

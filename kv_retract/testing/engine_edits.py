@@ -242,6 +242,21 @@ class EngineEdits(EngineFixtures):
         self.assert_close(engine.extend(new).logits, plain_logits(model, without(ids(80), spans)))
         settle(old, new)
 
+    def test_an_edit_ends_before_a_span_that_is_cached_in_part(
+        self, engine: Engine, model: Any, page_size: int, ids: Ids, settle: Settle
+    ) -> None:
+        """The whole ones before it are erased, and what follows them up to it stays cached."""
+        self.needs_cache()
+        spans, eraser = [(10, 17), (39, 55)], MaskEraser()
+        old, new = keys_for(ids(80), spans, eraser)
+        engine.extend(key_of(ids(80)[:48]))
+        result = engine.erase(old, spans, eraser, new)
+        engine.check_integrity()
+        assert result.tokens_erased == 7
+        assert engine.cached(new) == self.kept(39, page_size)
+        assert engine.cached(old) <= 10
+        settle(old, new)
+
     # -- edits that fail --------------------------------------------------------------------------------------------
 
     @pytest.mark.parametrize("shared", [False, True], ids=["alone", "shared"])

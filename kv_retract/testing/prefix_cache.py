@@ -232,6 +232,31 @@ class PrefixCacheConformance:
         assert matched(index, pages(0, 1, 2, 9)) == pages(0, 1, 2, 19).tolist()
         assert index.remove_tail(pages(*range(6)), page_size).tolist() == []
 
+    def test_remove_branches_takes_every_path_through_an_entry(
+        self, index: PrefixCache, pages: Pages, page_size: int
+    ) -> None:
+        """The path's own tail, its continuations and its forks go; what lies before, beside or under a lock stays."""
+        for path in (pages(0, 1, 2, 3), pages(0, 1, 2, 7), pages(0, 1, 8), pages(0, 9)):
+            index.insert(path, path)
+        given = index.remove_branches(pages(0, 1, 2), page_size)
+        assert np.sort(given).tolist() == np.sort(pages(1, 2, 3, 7, 8)).tolist()
+        assert len(index.match_prefix(pages(0, 1, 8)).slots) == page_size
+        assert len(index.match_prefix(pages(0, 9)).slots) == 2 * page_size
+        assert index.remove_branches(pages(0, 1, 2), page_size).tolist() == []
+        assert index.remove_branches(pages(0), page_size).tolist() == []
+        index.check_integrity()
+
+    def test_remove_branches_leaves_what_is_locked(self, index: PrefixCache, pages: Pages, page_size: int) -> None:
+        """A running sequence keeps its path; the others go."""
+        for path in (pages(0, 1, 2), pages(0, 1, 7)):
+            index.insert(path, path)
+        node = index.match_prefix(pages(0, 1, 7)).node
+        index.inc_lock_ref(node)
+        assert index.remove_branches(pages(0, 1, 2), 0).tolist() == pages(2).tolist()
+        assert index.match_prefix(pages(0, 1, 7)).slots.tolist() == pages(0, 1, 7).tolist()
+        index.dec_lock_ref(node)
+        index.check_integrity()
+
     def test_remove_tail_inside_a_page_takes_the_page(self, index: PrefixCache, pages: Pages, page_size: int) -> None:
         """And leaves the pages before it."""
         index.insert(pages(0, 1, 2), pages(0, 1, 2))

@@ -93,6 +93,12 @@ class CheckedCache(PrefixCache):
         assert fast.tolist() == self.naive.remove_tail(ids, start, extra_key=extra_key).tolist()
         return fast
 
+    def remove_branches(self, ids: IntArray, start: int, *, extra_key: str = "") -> IntArray:
+        fast = self.radix.remove_branches(ids, start, extra_key=extra_key)
+        slow = self.naive.remove_branches(ids, start, extra_key=extra_key)
+        assert np.sort(fast).tolist() == np.sort(slow).tolist()
+        return fast
+
     @property
     def evictable_size(self) -> int:
         return self.radix.evictable_size
@@ -253,9 +259,10 @@ class World:
     def drop(self, choose: Choose) -> str | None:
         extra_key, ids = self.paths[choose(len(self.paths))]
         in_use = self.manager.tokens_in_use()
-        freed = self.manager.drop(ids, choose(len(ids) + 1), extra_key=extra_key)
+        forget, name = (self.manager.drop, None) if choose(4) else (self.manager.purge, "purge")
+        freed = forget(ids, choose(len(ids) + 1), extra_key=extra_key)
         assert in_use - self.manager.tokens_in_use() == freed
-        return None
+        return name
 
     def evict(self, choose: Choose) -> str | None:
         slots = self.index.evict(1 + choose(8))

@@ -196,6 +196,8 @@ def test_reasoning_that_is_dropped_later_leaves_the_answer_to_retract(renderers)
     assert read(renderer, rendering, SpanRef(1, start=at, end=at + 3)).strip() == "380"
     with pytest.raises(SpanError, match=r"nothing of characters \[13, 17\)"):
         rendering.interval(SpanRef(1, start=13, end=17))
+    assert rendering.leaves_out(SpanRef(1, start=13, end=17)) and not rendering.leaves_out(SpanRef(1))
+    assert not rendering.leaves_out(SpanRef(1, start=13, end=at + 3))
 
 
 def test_a_message_that_the_template_drops_is_known_to_be_left_out(renderers):

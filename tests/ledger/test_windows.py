@@ -142,7 +142,12 @@ def test_of_equal_messages_the_nearest_is_meant():
     assert indices([newest], messages) == [8]
     assert indices([newest], [*messages, OK]) == [8], "what is said again later is not retracted"
     assert indices([newest], messages[2:]) == [6]
-    assert indices([record(messages, 4, scope=Scope.THREAD)], messages[1:]) == [3]
+
+
+def test_for_the_whole_thread_every_equal_message_is_meant():
+    messages = [OK, *texts(3), OK, *texts(3, 3), OK]
+    assert indices([record(messages, 4, scope=Scope.THREAD)], messages) == [0, 4, 8]
+    assert indices([record(messages, 4, scope=Scope.THREAD)], messages[1:]) == [3, 7]
 
 
 def test_equal_messages_are_retracted_each_on_its_own():

@@ -1,10 +1,12 @@
 """The session: one agent step on the real engine, and what must hold whatever is lost (D1 to D4)."""
 
+import copy
 import dataclasses
 import re
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +26,10 @@ from kv_retract import (
     Status,
     ToolCall,
 )
+from kv_retract.erasers import RepairEraser
 from kv_retract.errors import PolicyError, SpanError, ThreadBusyError
+from kv_retract.ledger.render import Renderer
+from kv_retract.testing.plain import plain_logits
 from kv_retract.testing.spy import prefilled_texts
 
 SHORT = SamplingParams(max_tokens=4)
@@ -272,6 +277,110 @@ def test_an_exact_retraction_before_a_steered_one_makes_that_exact_too(loaded, r
     assert {r.status for r in session.history("t")} == {Status.EXACT}
 
 
+def test_a_steered_edit_ends_where_an_exact_one_begins(loaded, request):
+    session = session_on(loaded, request.node.name, eraser="shift")
+    messages = thread(12)
+    session.step("t", messages, sampling=SHORT)  # the answer keeps the old path alive behind the exact span
+    proposals = [of_message(2), of_message(8, guarantee=Guarantee.EXACT)]
+    steered, exact = session.retract("t", messages, proposals=proposals).spans
+    assert session.last_erase("t").tokens_moved == exact.start - steered.end
+    key, ids = session.key("t", messages), session.renderer.render(messages).ids
+    ids = np.concatenate([key.ids[: exact.start], ids[exact.start :]])
+    never = dataclasses.replace(key, ids=ids, positions=np.arange(len(ids)))
+    assert session.engine.cached(never) == exact.start, "the text that had to go is cached under a new key"
+
+
+def test_neighbors_that_share_a_token_are_both_steered(loaded, request):
+    session = session_on(loaded, request.node.name)
+    messages = thread(12)
+    session.step("t", messages, sampling=SHORT)
+    interval, end = session.renderer.render(messages).interval, len(messages[2].content)
+
+    def halves(cut):
+        return SpanRef(2, start=0, end=cut), SpanRef(2, start=cut, end=end)
+
+    first, second = next(pair for pair in map(halves, range(4, end)) if interval(pair[0])[1] > interval(pair[1])[0])
+    for span in (second, first):  # the token is the second one's, since that was there first
+        (planned,) = session.retract("t", messages, proposals=[of_message(2, span=span)]).spans
+    step = session.step("t", messages, sampling=SHORT)
+    assert not planned.exact and step.num_cached_tokens == step.num_prompt_tokens - 1
+    assert [r.status for r in session.history("t")] == [Status.STEERED, Status.STEERED]
+
+
+def test_a_budget_holds_for_several_spans(loaded, request):
+    planner = Planner(exact_suffix=0, budget=40)
+    session = session_on(loaded, request.node.name, planner=planner, eraser=RepairEraser(tokens=20))
+    messages = thread(12)
+    session.step("t", messages, sampling=SHORT)
+    plan = session.retract("t", messages, proposals=[of_message(i) for i in (2, 4, 6)])
+    assert len(plan.spans) == 2 and session.last_erase("t").tokens_recomputed == 40
+    assert [d.why for d in plan.dropped] == ["over budget"]
+
+
+@pytest.mark.parametrize("eraser", ["mask", "none"])
+def test_an_exact_span_behind_a_steered_one_in_the_same_page(loaded, eraser):
+    """The page goes as a whole, and so the steered span is left out too."""
+    session = KVRetractSession.from_pretrained(
+        "random", max_tokens=1024, page_size=16, eraser=eraser, planner=Planner(exact_suffix=0)
+    )
+    messages = thread(12)
+    session.step("t", messages, sampling=SHORT)
+    cut = messages[4].content.index("marker")
+    for span, guarantee in ((SpanRef(4, end=cut), Guarantee.STEERED), (SpanRef(4, start=cut), Guarantee.EXACT)):
+        (planned,) = session.retract("t", messages, proposals=[of_message(4, span=span, guarantee=guarantee)]).spans
+    assert planned.start % 16, "the two must share a page"
+    with prefilled_texts(session) as texts:
+        session.step("t", messages, sampling=SHORT)
+    assert "marker-4" not in "".join(texts)
+    key, rendering = session.key("t", messages), session.renderer.render(messages)
+    assert np.array_equal(key.ids, np.delete(rendering.ids, np.arange(*rendering.interval(SpanRef(4)))))
+    want = plain_logits(session.engine.model, key.ids)
+    torch.testing.assert_close(session.engine.extend(key).logits, want, atol=1e-4, rtol=0)
+    session.engine.check_integrity()
+
+
+DROPS_OLD_TOOL_RESULTS = """
+{%- set at = namespace(user=0) %}
+{%- for m in messages %}{% if m.role == 'user' %}{% set at.user = loop.index0 %}{% endif %}{% endfor %}
+{%- for m in messages %}{% if m.role != 'tool' or loop.index0 > at.user %}<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>
+{% endif %}{% endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def with_template(loaded, template):
+    tokenizer = copy.deepcopy(loaded.renderer.tokenizer)
+    tokenizer.chat_template = template
+    return SimpleNamespace(engine=loaded.engine, renderer=Renderer(tokenizer))
+
+
+def test_a_retracted_text_that_the_template_drops_later_is_no_error(loaded, request):
+    session = session_on(with_template(loaded, DROPS_OLD_TOOL_RESULTS), request.node.name)
+    result = Message("tool", "440 marker-1", tool_call_id="c1")
+    messages = [Message("user", "fare?"), result, Message("assistant", "ok")]
+    session.step("t", messages, sampling=SHORT)
+    session.retract("t", messages, proposals=[of_message(1)])
+    later = [*messages, Message("user", "thanks")]
+    with prefilled_texts(session) as texts:
+        step = session.step("t", later, sampling=SHORT)
+    assert "marker-1" not in "".join(texts) and "thanks" in "".join(texts)
+    assert len(step.retraction_ids) == 1
+    assert len(session.step("t", messages, sampling=SHORT).retraction_ids) == 1
+
+
+def test_a_steered_span_at_the_very_end_of_a_thread_is_left_out(loaded, request):
+    bare = with_template(loaded, "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}")
+    session = session_on(bare, request.node.name)
+    messages = [Message("user", "fare?"), Message("assistant", "440 marker-1")]
+    session.step("t", messages, sampling=SHORT)
+    assert session.retract("t", messages, proposals=[of_message(1)]).spans
+    with prefilled_texts(session) as texts:
+        session.step("t", messages, sampling=SHORT)
+    assert "marker-1" not in "".join(texts)
+    assert session.history("t")[0].status is Status.EXACT
+
+
 def test_what_is_not_cached_yet_is_left_out_for_free(loaded, request):
     session = session_on(loaded, request.node.name)
     plan = session.retract("t", thread(), proposals=[of_message(4)])
@@ -296,6 +405,21 @@ def test_a_pool_too_small_for_copies_falls_back_to_exact():
     stream.close()
     assert not plan.spans[0].exact and result.exact
     assert session.history("b")[0].status is Status.EXACT
+    with prefilled_texts(session) as texts:
+        session.step("b", messages, sampling=SHORT)
+    assert not re.search(r"marker-2\b", "".join(texts))
+    session.engine.check_integrity()
+
+
+def test_a_pool_too_small_to_recompute_leaves_it_to_the_next_step():
+    session = KVRetractSession.from_pretrained("random", max_tokens=800, planner=Planner(exact_suffix=0))
+    messages = thread(24)
+    stream = session.engine.generate(session.key("a", messages), SamplingParams(max_tokens=3))
+    next(stream)  # holds the pages, so that there is no room for the suffix beside them
+    proposals = [of_message(2, guarantee=Guarantee.EXACT)]
+    (planned,) = session.retract("b", messages, proposals=proposals).spans
+    assert planned.exact and session.last_erase("b").exact and not session.last_erase("b").tokens_recomputed
+    stream.close()
     with prefilled_texts(session) as texts:
         session.step("b", messages, sampling=SHORT)
     assert not re.search(r"marker-2\b", "".join(texts))
@@ -358,6 +482,14 @@ def test_streaming_equals_a_step(loaded, request):
     assert deltas[-1].result.token_ids == step.token_ids
     assert len(step.logprobs) == len(step.token_ids) == step.num_completion_tokens
     assert step.finish_reason == "length"
+
+
+def test_the_pieces_of_a_stream_hold_every_token(loaded, request):
+    session = session_on(loaded, request.node.name)
+    for seed in range(3):
+        sampling = SamplingParams(max_tokens=40, temperature=2.0, seed=seed, stop=("qq",))
+        deltas = list(session.stream("t", [Message("user", "😀 日本語")], sampling=sampling))
+        assert sum((d.token_ids for d in deltas), ()) == deltas[-1].result.token_ids
 
 
 def test_a_stop_string_ends_the_answer(loaded, request):
@@ -435,3 +567,30 @@ def test_a_steered_span_that_is_evicted_just_before_decoding_is_left_out(loaded,
     assert evicted[0] > 0 and step.num_cached_tokens == 0
     assert "marker-2" not in "".join(texts) and "marker-3" in "".join(texts)
     assert session.history("t")[0].status is Status.EXACT
+
+
+def test_of_two_equal_messages_none_comes_back_when_older_ones_are_pruned(loaded, request):
+    session = session_on(loaded, request.node.name)
+    twin = Message("user", "My pin is marker-twin.")
+    messages = thread(4) + [twin, Message("assistant", "ok, one"), twin, *thread(3)[1:]]
+    session.step("t", messages, sampling=SHORT)
+    session.retract("t", messages, proposals=[of_message(6, scope=Scope.BRANCH)])
+    session.retract("t", messages, proposals=[of_message(4, guarantee=Guarantee.EXACT)])
+    for pruned in (messages, messages[2:], messages[3:], messages[5:]):
+        session.engine.drop(session.key("t", pruned), 0)
+        with prefilled_texts(session) as texts:
+            step = session.step("t", pruned, sampling=SHORT)
+        assert "marker-twin" not in "".join(texts)
+        assert len(step.retraction_ids) == len(set(step.retraction_ids)) >= 1
+
+
+def test_no_kv_that_has_read_an_exactly_retracted_text_stays(loaded, request):
+    session = session_on(loaded, request.node.name)
+    messages = thread()
+    session.step("t", messages, sampling=SHORT)  # the decoded answer hangs behind the old path
+    session.step("fork", [*messages[:6], Message("user", "another turn")], sampling=SHORT)
+    old, other = session.key("t", messages), session.key("fork", messages[:6])
+    start, _ = session.renderer.render(messages).interval(SpanRef(2))
+    session.retract("t", messages, proposals=[of_message(2, guarantee=Guarantee.EXACT)])
+    assert session.engine.cached(old) == session.engine.cached(other) == start
+    session.engine.check_integrity()
