@@ -72,6 +72,21 @@ def print_bench(document: Mapping[str, Any], console: Console) -> None:
     )
 
 
+def print_reference(metrics: Mapping[str, Any], console: Console) -> None:
+    """Print accuracy and leak of every family, kind, length and arm."""
+    config = metrics["config"]
+    console.print(
+        f"Model {config['model']} ({config['num_parameters'] / 1e6:.1f} M parameters), split {config['split']}, "
+        f"{config['n']} traces per family and length",
+        markup=False, highlight=False,
+    )  # fmt: skip
+    table = _table("family", "kind", "length", "arm", "n", "accuracy", "leak")
+    for row in metrics["rows"]:
+        figures = [f"{number(row[name])} ± {number(row[f'{name}_se'])}" for name in ("accuracy", "leak")]
+        table.add_row(row["family"], row["kind"], str(row["length"]), row["arm"], str(row["n"]), *figures)
+    console.print(table)
+
+
 def print_parts(kind: str, parts: Iterable[Mapping[str, Any]], console: Console) -> None:
     """Print what a registry holds: `{"name", "summary", "parameters": {name: default}}`."""
     table = _table(kind, "what it does", "parameters", numbers=False)

@@ -71,6 +71,25 @@ def write_new_json(out: Path, value: Any) -> None:
             file.write(text)
 
 
+def write_new_lines(out: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write one JSON object per line to a new file, whole or not at all.
+
+    Raises:
+        OutputExistsError: the file is there.
+        OutputError: it cannot be written.
+    """
+    check_new(out)
+    with _writable(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        draft = out.parent / f".{out.name}.{secrets.token_hex(4)}"
+        try:
+            write_jsonl(draft, rows)
+            draft.rename(out)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write one JSON document."""
     path.write_text(dump(value, indent=2) + "\n", encoding="utf-8")

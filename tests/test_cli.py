@@ -15,7 +15,8 @@ import typer
 from typer.testing import CliRunner
 
 from kv_retract import __version__, cli
-from kv_retract.cli import app, describe
+from kv_retract.cli import app
+from kv_retract.cli.lists import describe
 from kv_retract.engine.models import MODELS
 from kv_retract.erasers import ERASERS
 from kv_retract.errors import KVRetractError
@@ -264,13 +265,13 @@ def test_a_message_of_several_lines_becomes_one(kv_retract, monkeypatch):
     def fail(*_, **__):
         raise KVRetractError("what\n  another \x1b[31mlibrary\u202e says")
 
-    monkeypatch.setattr("kv_retract.cli.describe", fail)
+    monkeypatch.setattr("kv_retract.cli.lists.describe", fail)
     assert kv_retract("erasers") == (2, "", "error: what another ⌈U+001B⌋[31mlibrary⌈U+202E⌋ says\n")
 
 
 def test_other_errors_keep_their_traceback(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["kv-retract", "erasers"])
-    monkeypatch.setattr("kv_retract.cli.describe", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("kv_retract.cli.lists.describe", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cli.main()
 
@@ -305,3 +306,11 @@ def test_interrupts_in_the_middle_of_the_work(kv_retract, tmp_path, traces, monk
     told = "error: interrupted; no results were written\n"
     assert kv_retract("replay", traces, "--out", tmp_path / "runs" / "out", "--json") == (130, "", told)
     assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_the_demo_needs_a_model_and_tells_its_run(kv_retract):
+    code, text, err = kv_retract("demo")
+    assert code == 2 and "--model" in err and not text
+    code, text, err = kv_retract("demo", "--model", "random")
+    assert code == 0 and "is retracted" in text and "Note: seeded random weights" in text
+    assert all(f" {arm} " in text for arm in ("none", "mask", "recompute"))

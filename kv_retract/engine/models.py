@@ -15,7 +15,7 @@ from ..reference import TOKENIZER_DIR
 from ..registry import Registry
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_RANDOM_NOTE = "seeded random weights: quality figures mean nothing yet"
+_RANDOM_NOTE = "seeded random weights: quality figures mean nothing"
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,10 +30,8 @@ class LoadedModel:
     is_random: bool
     """The weights were drawn, not trained: timings mean something, answers do not."""
 
-    @property
-    def quality_note(self) -> str:
-        """What every report of this model's answers must say; empty for trained weights."""
-        return _RANDOM_NOTE if self.is_random else ""
+    quality_note: str = ""
+    """What every report of this model's answers must say."""
 
 
 MODELS: Registry[LoadedModel] = Registry("model", "kv_retract.models")
@@ -147,4 +145,6 @@ def _random(name: str, hidden_size: int, device: str, dtype: str, seed: int) -> 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: Any = Qwen2ForCausalLM(Qwen2Config(**shape))
-    return LoadedModel(model.to(device=device, dtype=_DTYPES[dtype]).eval(), tokenizer, name, is_random=True)
+    return LoadedModel(
+        model.to(device=device, dtype=_DTYPES[dtype]).eval(), tokenizer, name, is_random=True, quality_note=_RANDOM_NOTE
+    )

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from kv_retract.reference import TOKENIZER_DIR
@@ -49,11 +49,27 @@ def _chat_texts(messages: Iterable[dict[str, Any]]) -> Iterator[str]:
             yield str(call["function"]["arguments"])
 
 
-def train(texts: Iterable[str], *, vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer of exactly `vocab_size` entries (fewer where the texts are too short)."""
+def train(
+    texts: Iterable[str], *, vocab_size: int = VOCAB_SIZE, digits: int = 1, split_names: bool = False
+) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer of exactly `vocab_size` entries (fewer where the texts are too short).
+
+    Args:
+        texts: what to count merges in.
+        vocab_size: entries, special ones included.
+        digits: most digits in one token.
+        split_names: keep capitalised words apart from the space before them, so that a name has the same tokens in
+            running text and in JSON.
+    """
     tokenizer = Tokenizer(models.BPE())
+    numbers = (
+        pre_tokenizers.Digits(individual_digits=True)
+        if digits == 1
+        else pre_tokenizers.Split(Regex(f"\\d{{1,{digits}}}"), behavior="isolated")
+    )
+    names = [pre_tokenizers.Split(Regex(r"\p{Lu}\p{Ll}+"), behavior="isolated")] if split_names else []
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [numbers, *names, pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     added = [END_OF_TEXT, TURN_START, TURN_END]

@@ -28,7 +28,7 @@ def test_rows_over_all_policies(sample_run, console):
     print_replay(result, console)
     assert "2 traces, 31 steps, 5 spans retracted, 0 traces cut, 0 not readable" in printed(console)
     assert "Spans by policy: tool_error 3, superseded 2" in printed(console)
-    assert "Note: seeded random weights: quality figures mean nothing yet." in printed(console)
+    assert "Note: seeded random weights: quality figures mean nothing." in printed(console)
     for row in result.rows:
         if row["policy"] == "all":
             cells = cells_of(console, row["arm"])

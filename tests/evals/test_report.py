@@ -125,7 +125,7 @@ def test_every_span_is_shown_with_its_reason(page, sample_run):
 
 def test_the_note_on_random_weights(page, sample_run):
     result = sample_run[1]
-    assert "Seeded random weights: quality figures mean nothing yet" in page.text("p")
+    assert "Seeded random weights: quality figures mean nothing" in page.text("p")
     trained = replace(result, config={**result.config, "quality_note": ""})
     other = Page(report_html(trained))
     assert "weights" not in other.text("p") and "warn" not in [a.get("class") for _, a in other.elements]

@@ -1,0 +1,213 @@
+"""Measure a chat model on the corpus: does it read its context, and is a stale cache a problem on it?
+
+Every sample loses one span. Probes that the span affects tell accuracy and leak; the others, and the trace that never
+had the span, tell whether the model reads at all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kv_retract.erasers import ERASERS
+from kv_retract.ledger.render import Renderer
+from kv_retract.planner import Planner
+from kv_retract.session import KVRetractSession
+from kv_retract.types import Message, Retraction, SamplingParams
+
+from .machine import describe_machine, versions
+from .progress import Progress, silent
+from .results import results_folder, write_json, write_jsonl
+from .stats import mean, standard_error
+
+if TYPE_CHECKING:
+    from kv_retract.engine.hf import HFEngine
+    from kv_retract.training.samples import CorpusSample, Probe
+
+CLEAN = "clean"
+"""The arm, and the kind, of a trace in which the span never was."""
+ARMS = (CLEAN, "none", "mask", "recompute")
+LENGTHS = (256, 1024, 2048)
+MAX_ANSWER = 64
+"""Longest answer, in tokens; right ones are shorter."""
+
+COLUMNS = {
+    "n": "answers",
+    "accuracy": "share of answers that are exactly right, as if the span had never been there",
+    "accuracy_se": "its standard error, robust to correlation inside of a trace",
+    "leak": "share of answers that are exactly the retracted one; null where it has no meaning",
+    "leak_se": "its standard error",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReferenceEval:
+    """What to measure."""
+
+    out: Path
+    model: str
+    families: tuple[str, ...] = ()
+    """None: all, the held-out one included."""
+    lengths: tuple[int, ...] = LENGTHS
+    n: int = 24
+    """Traces per family and length."""
+    max_probes: int = 4
+    """Probes per trace: at least one that the span affects, then others."""
+    split: str = "test"
+    seed: int = 0
+    device: str = "cpu"
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """One answer of one arm."""
+
+    sample_id: str
+    family: str
+    length: int
+    kind: str
+    arm: str
+    affected: bool
+    question: str
+    expected: str
+    retracted: str
+    """What the model would say with the span in place."""
+    given: str
+
+    @property
+    def right(self) -> bool:
+        """Whether the answer is exactly the expected one."""
+        return self.given.strip() == self.expected
+
+    @property
+    def leaked(self) -> bool:
+        """Whether the answer is exactly the retracted one."""
+        return self.affected and self.given.strip() == self.retracted
+
+
+def eval_reference(settings: ReferenceEval, *, progress: Progress = silent) -> dict[str, Any]:
+    """Measure and write a results folder: `config.json`, `samples.jsonl`, `metrics.json`; return the metrics.
+
+    Raises:
+        OutputExistsError: the results folder is there already.
+        UnknownNameError: the model or a family has no such name.
+    """
+    from kv_retract.engine.hf import HFEngine
+    from kv_retract.engine.models import load_model
+    from kv_retract.training.corpus import generate
+    from kv_retract.training.encoding import RowEncoder
+    from kv_retract.training.families import FAMILIES
+
+    families = settings.families or tuple(FAMILIES.names())
+    for family in families:
+        FAMILIES.factory(family)
+    started = time.perf_counter()
+    with results_folder(settings.out) as folder:
+        loaded = load_model(settings.model, device=settings.device, dtype=settings.dtype)
+        engine = HFEngine(loaded.model, max_tokens=8 * (max(settings.lengths) + 1024), name=loaded.name)
+        renderer = Renderer(loaded.tokenizer)
+        tokens = RowEncoder(loaded.tokenizer).length
+        answers: list[Answer] = []
+        total = len(families) * len(settings.lengths) * settings.n
+        for family in families:
+            for length in settings.lengths:
+                for number in range(settings.n):
+                    sample = generate(
+                        family, seed=settings.seed + number, length=length, split=settings.split,  # type: ignore[arg-type]
+                        tokens=tokens, mentions=1.0,
+                    )  # fmt: skip
+                    answers += answers_to(sample, number, engine, renderer, length, settings.max_probes)
+                    progress(len({(a.sample_id) for a in answers}), total)
+        config = {
+            "model": loaded.name,
+            "num_parameters": loaded.model.num_parameters(),
+            "families": list(families),
+            "lengths": list(settings.lengths),
+            "n": settings.n,
+            "max_probes": settings.max_probes,
+            "split": settings.split,
+            "seed": settings.seed,
+            "dtype": settings.dtype,
+            "columns": COLUMNS,
+            "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(time.perf_counter() - started, 1),
+            "machine": describe_machine(settings.device),
+            "versions": versions(),
+        }
+        metrics = {"config": config, "rows": reference_rows(answers)}
+        write_json(folder / "config.json", config)
+        write_jsonl(folder / "samples.jsonl", ({**_fields(a), "right": a.right, "leaked": a.leaked} for a in answers))
+        write_json(folder / "metrics.json", metrics)
+    return metrics
+
+
+def answers_to(
+    sample: CorpusSample, number: int, engine: HFEngine, renderer: Renderer, length: int, max_probes: int
+) -> Iterator[Answer]:
+    """Retract one span of a sample under every arm, and ask; `number` chooses the span."""
+    affecting = sorted({span_id for probe in sample.probes for span_id in probe.without})
+    span = sample.span(affecting[number % len(affecting)])
+    hit = [p for p in sample.probes if span.span_id in p.without]
+    others = [p for p in sample.probes if span.span_id not in p.without]
+    probes = [*hit[: max(1, max_probes // 2)], *others][:max_probes]
+    retraction = Retraction(span=span.ref, policy="explicit", reason="of the corpus")
+    for arm in ARMS:
+        eraser = ERASERS.create("none" if arm == CLEAN else arm)
+        session = KVRetractSession(
+            engine, renderer, eraser=eraser, planner=Planner(exact_suffix=0, protect_newest_user=False),
+            extra_key=f"{arm} {sample.sample_id}",
+        )  # fmt: skip
+        messages = sample.without(span.span_id) if arm == CLEAN else sample.messages
+        if arm != CLEAN:
+            engine.extend(session.key("t", messages, tools=sample.tools, add_generation_prompt=False))
+            session.retract("t", messages, tools=sample.tools, proposals=[retraction])
+        for probe in probes:
+            yield Answer(
+                sample_id=sample.sample_id,
+                family=sample.family,
+                length=length,
+                kind=CLEAN if arm == CLEAN else span.kind,
+                arm=arm,
+                affected=span.span_id in probe.without,
+                question=probe.question,
+                expected=probe.answer_without(span.span_id),
+                retracted=probe.answer,
+                given=_ask(session, messages, sample, probe),
+            )
+        engine.drop(session.key("t", messages, tools=sample.tools), 0)
+
+
+def reference_rows(answers: Sequence[Answer]) -> list[dict[str, Any]]:
+    """Summarise answers: one row per family, kind, length and arm; all probes where `clean`, else the affected ones."""
+    groups: dict[tuple[str, str, int, str], list[Answer]] = {}
+    for answer in answers:
+        if answer.arm == CLEAN or answer.affected:
+            groups.setdefault((answer.family, answer.kind, answer.length, answer.arm), []).append(answer)
+    rows = []
+    for (family, kind, length, arm), group in sorted(groups.items(), key=lambda g: (*g[0][:3], ARMS.index(g[0][3]))):
+        traces = [a.sample_id for a in group]
+        right, leaked = [float(a.right) for a in group], [float(a.leaked) for a in group]
+        rows.append(
+            {
+                "family": family, "kind": kind, "length": length, "arm": arm, "n": len(group),
+                "accuracy": mean(right), "accuracy_se": standard_error(right, traces),
+                "leak": None if arm == CLEAN else mean(leaked),
+                "leak_se": None if arm == CLEAN else standard_error(leaked, traces),
+            }
+        )  # fmt: skip
+    return rows
+
+
+def _ask(session: KVRetractSession, messages: Sequence[Message], sample: CorpusSample, probe: Probe) -> str:
+    asked = [*messages, Message("user", probe.question)]
+    sampling = SamplingParams(max_tokens=MAX_ANSWER)
+    return session.step("t", asked, tools=sample.tools, sampling=sampling).message.content
+
+
+def _fields(answer: Answer) -> dict[str, Any]:
+    return {name: getattr(answer, name) for name in answer.__dataclass_fields__}

@@ -1,0 +1,158 @@
+"""Commands that measure: replay recorded threads, time edits, ask a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import Device, Dtype, DtypeOption, Json, Model, Seed, SplitOption, console, now, progress_bar
+
+Traces = Annotated[
+    list[Path],
+    typer.Argument(
+        help="Files or folders: OpenAI chat JSON lines, LangGraph histories, SWE-agent trajectories, ReAct logs."
+    ),
+]
+Policies = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--policy", "-p", help="Detector, also with parameters: tool_error:include_call=true. Repeatable. Default: "
+        "tool_error and superseded.",
+    ),
+]  # fmt: skip
+Arms = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--arm", "-a", help="Eraser, also with parameters: repair:tokens=16. Repeatable; recompute always runs. "
+        "Default: none, mask and shift.",
+    ),
+]  # fmt: skip
+ResultsFolder = Annotated[
+    Path | None, typer.Option(help="Folder for results, which must be new. Default: runs/replay-TIME.")
+]
+
+
+def replay(
+    paths: Traces,
+    policy: Policies = None,
+    arm: Arms = None,
+    model: Model = "random",
+    out: ResultsFolder = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Most traces to replay.")] = None,
+    max_context: Annotated[int | None, typer.Option(min=1, help="Longest context of a step, in tokens.")] = None,
+    pool_tokens: Annotated[int | None, typer.Option(min=1, help="Size of the KV pool that all arms share.")] = None,
+    score_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the next message to compare.")] = 64,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: DtypeOption = Dtype.FLOAT32,
+    as_json: Json = False,
+) -> None:
+    """Replay recorded agent threads, retract what the policies find, and compare erasers at the next step.
+
+    Writes config.json, samples.jsonl, metrics.json and report.html.
+    """
+    from ..evals.console import print_replay
+    from ..evals.replay import ReplaySettings
+    from ..evals.replay import replay as run
+    from ..evals.results import dump
+    from ..evals.specs import parse_specs
+
+    out = out or Path("runs") / f"replay-{now()}"
+    settings = ReplaySettings(
+        paths=tuple(paths), policies=tuple(parse_specs(policy or ["tool_error", "superseded"])),
+        arms=tuple(parse_specs(arm or ["none", "mask", "shift"])), out=out, model=model,
+        limit=limit, max_context=max_context, pool_tokens=pool_tokens, seed=seed, device=device, dtype=dtype.value,
+        score_tokens=score_tokens,
+    )  # fmt: skip
+    with progress_bar("traces") as tick:
+        result = run(settings, progress=tick)
+    if as_json:
+        print(dump(result.metrics()))
+        return
+    print_replay(result, console())
+    console().print(f"Report: {out / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
+
+
+def bench_edit(
+    context: Annotated[int, typer.Option(min=2, help="Tokens of the thread.")] = 8192,
+    span: Annotated[int, typer.Option(min=1, help="Tokens of the erased span.")] = 64,
+    depth: Annotated[float, typer.Option(min=0, max=1, help="Where the span begins, 0 to 1.")] = 0.1,
+    arm: Annotated[list[str] | None, typer.Option("--arm", "-a", help="Eraser; repeatable. Default: all.")] = None,
+    model: Model = "random-256",
+    repeats: Annotated[int, typer.Option(min=1, help="Repetitions that count; the median is reported.")] = 7,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: DtypeOption = Dtype.FLOAT32,
+    out: Annotated[Path | None, typer.Option(help="Also write the JSON document to this new file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time one edit of a long thread under every eraser, and the next step after it."""
+    from ..evals.bench import EditBench
+    from ..evals.bench import bench_edit as run
+    from ..evals.console import print_bench
+    from ..evals.results import check_new, dump, write_new_json
+    from ..evals.specs import parse_specs
+
+    if out is not None:
+        check_new(out)  # before minutes of work
+    arms = {"arms": tuple(parse_specs(arm))} if arm else {}
+    settings = EditBench(
+        context=context, span=span, depth=depth, model=model, repeats=repeats, seed=seed, device=device,
+        dtype=dtype.value, **arms,
+    )  # fmt: skip
+    with progress_bar("edits") as tick:
+        document = run(settings, progress=tick)
+    if out is not None:
+        write_new_json(out, document)
+    if as_json:
+        print(dump(document))
+    else:
+        print_bench(document, console())
+
+
+def eval_reference(
+    model: Model,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for results, which must be new. Default: runs/eval-TIME.")
+    ] = None,
+    family: Annotated[list[str] | None, typer.Option(help="Task family; repeatable. Default: all.")] = None,
+    length: Annotated[
+        list[int] | None, typer.Option(help="Tokens of the traces; repeatable. Default: 256, 1024, 2048.")
+    ] = None,
+    n: Annotated[int, typer.Option("--n", min=1, help="Traces per family and length.")] = 24,
+    split: SplitOption = "test",
+    seed: Annotated[int, typer.Option(min=0, help="Of the first trace.")] = 0,
+    device: Device = "cpu",
+    dtype: DtypeOption = Dtype.FLOAT32,
+    as_json: Json = False,
+) -> None:
+    """Ask a chat model about traces of the corpus: does it read them, and does a stale cache leak?"""
+    from ..evals.console import print_reference
+    from ..evals.reference import LENGTHS, ReferenceEval
+    from ..evals.reference import eval_reference as run
+    from ..evals.results import dump
+
+    out = out or Path("runs") / f"eval-{now()}"
+    settings = ReferenceEval(
+        out=out, model=model, families=tuple(family or ()), lengths=tuple(length or LENGTHS), n=n, split=split,
+        seed=seed, device=device, dtype=dtype.value,
+    )  # fmt: skip
+    with progress_bar("traces") as tick:
+        metrics = run(settings, progress=tick)
+    if as_json:
+        print(dump(metrics))
+    else:
+        print_reference(metrics, console())
+
+
+def demo(model: Model, device: Device = "cpu", dtype: DtypeOption = Dtype.FLOAT32) -> None:
+    """Tell one agent run: a tool result arrives, is contradicted, is retracted, and the next answer changes."""
+    from ..engine.hf import HFEngine
+    from ..engine.models import load_model
+    from ..evals.narrate import run_story, tell
+
+    loaded = load_model(model, device=device, dtype=dtype.value)
+    engine = HFEngine(loaded.model, max_tokens=8192, name=loaded.name)
+    tell(run_story(loaded, engine), loaded.quality_note, console())

@@ -1,0 +1,174 @@
+"""Samples of the corpus as token ids for training: the thread, some probes behind it, and what may see what.
+
+Writes the chat form of the bundled template by itself, which is fast; `tests/training` compares it with the renderer.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..types import Interval, Message
+from .samples import CorpusSample, Probe
+
+IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One training sequence."""
+
+    ids: IntArray
+    """Shape: (num_tokens,)"""
+    answer: NDArray[np.bool_]
+    """Tokens of answers, their end-of-turn included. Shape: (num_tokens,)"""
+    probe: IntArray
+    """Which probe a token belongs to, -1 for the thread. Shape: (num_tokens,)"""
+    hidden: tuple[tuple[int, Interval], ...] = ()
+    """(probe, interval): tokens of the thread that a probe must not see."""
+
+    def visible(self) -> NDArray[np.bool_]:
+        """Return who sees whom: earlier tokens of the thread and of the own probe, hidden ones left out.
+
+        Shape: (num_tokens, num_tokens)
+        """
+        seen = np.tril(np.ones((len(self.ids), len(self.ids)), dtype=np.bool_))
+        seen &= (self.probe[None, :] == -1) | (self.probe[None, :] == self.probe[:, None])
+        for probe, (start, end) in self.hidden:
+            rows = np.flatnonzero(self.probe == probe)
+            seen[rows[0] : rows[-1] + 1, start:end] = False
+        return seen
+
+
+class RowEncoder:
+    """Turns samples into rows.
+
+    Args:
+        tokenizer: the fast tokenizer of the model, with the bundled chat template.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._backend = tokenizer.backend_tokenizer
+
+    def length(self, text: str) -> int:
+        """Return the tokens of a text."""
+        return len(self._backend.encode(text, add_special_tokens=False).ids)
+
+    def encode(
+        self,
+        sample: CorpusSample,
+        probes: Sequence[Probe],
+        *,
+        removed: Iterable[str] = (),
+        hidden: Iterable[str] = (),
+        with_tools: bool = True,
+    ) -> Row:
+        """Encode a thread with probes behind it.
+
+        Args:
+            sample: the thread.
+            probes: asked one after the other, each answered rightly.
+            removed: ids of spans whose tokens are cut out.
+            hidden: ids of spans that the probes they affect must not see, and yet answer as if they did.
+            with_tools: whether the tools are listed in the first turn.
+        """
+        removed, hidden = set(removed), set(hidden)
+        text, at = thread_text(sample.messages, sample.tools if with_tools else ())
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        ids = np.array(encoding.ids, dtype=np.int64)
+        starts = np.array([start for start, _ in encoding.offsets])
+        ends = np.array([end for _, end in encoding.offsets])
+        where: dict[str, Interval] = {}
+        for span in sample.spans:
+            begin = at[span.ref.message]
+            length = len(sample.messages[span.ref.message].content)
+            first, last = begin + span.ref.start, begin + (length if span.ref.end is None else span.ref.end)
+            where[span.span_id] = (
+                int(np.searchsorted(ends, first, side="right")), int(np.searchsorted(starts, last, side="left")),
+            )  # fmt: skip
+        keep = np.ones(len(ids), dtype=np.bool_)
+        for span_id in removed:
+            keep[slice(*where[span_id])] = False
+        moved = np.concatenate([[0], np.cumsum(keep)])
+        ids = ids[keep]
+        parts, answers, owners = [ids], [np.zeros(len(ids), np.bool_)], [np.full(len(ids), -1)]
+        blind = []
+        for number, probe in enumerate(probes):
+            question, answer = probe_text(probe.question, _answer(probe, removed))
+            tokens = [self._backend.encode(part, add_special_tokens=False).ids for part in (question, answer)]
+            parts.append(np.array([*tokens[0], *tokens[1]], dtype=np.int64))
+            answers.append(np.repeat([False, True], [len(tokens[0]), len(tokens[1])]))
+            owners.append(np.full(len(tokens[0]) + len(tokens[1]), number))
+            for span_id in hidden & set(probe.without):
+                start, end = where[span_id]
+                blind.append((number, (int(moved[start]), int(moved[end]))))
+        return Row(np.concatenate(parts), np.concatenate(answers), np.concatenate(owners), tuple(blind))
+
+
+def thread_text(messages: Sequence[Message], tools: Sequence[Any] = ()) -> tuple[str, list[int]]:
+    """Return a thread in the bundled chat form, and the character at which each content begins."""
+    parts: list[str] = []
+    length, at = 0, []
+
+    def add(text: str) -> None:
+        nonlocal length
+        parts.append(text)
+        length += len(text)
+
+    for number, message in enumerate(messages):
+        add(f"<|im_start|>{message.role}\n")
+        if message.role == "tool":
+            add("<tool_response>\n")
+        at.append(length)
+        add(message.content)
+        if message.role == "tool":
+            add("\n</tool_response>")
+        if tools and number == 0 and message.role == "system":
+            add(("\n\n" if message.content else "") + _tool_list(tools))
+        for index, call in enumerate(message.tool_calls):
+            name = json.dumps(call.name, ensure_ascii=False)
+            add("\n" if message.content or index else "")
+            add(f'<tool_call>\n{{"name": {name}, "arguments": {call.arguments}}}\n</tool_call>')
+        add("<|im_end|>\n")
+    return "".join(parts), at
+
+
+def probe_text(question: str, answer: str) -> tuple[str, str]:
+    """Return a question with the generation prompt, and its answer, in the bundled chat form."""
+    return f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n", f"{answer}<|im_end|>\n"
+
+
+def choose_spans(sample: CorpusSample, rng: random.Random, *, share: float) -> set[str]:
+    """Draw spans that may be taken back together: no probe is affected by two of them."""
+    chosen: set[str] = set()
+    affected: set[str] = set()
+    candidates = sorted({span_id for probe in sample.probes for span_id in probe.without})
+    rng.shuffle(candidates)
+    for span_id in candidates:
+        questions = {probe.question for probe in sample.probes if span_id in probe.without}
+        if rng.random() < share and not questions & affected:
+            chosen.add(span_id)
+            affected |= questions
+    return chosen
+
+
+def _answer(probe: Probe, removed: set[str]) -> str:
+    changed = [probe.without[span_id] for span_id in removed if span_id in probe.without]
+    assert len(changed) <= 1, "spans that are removed together affect different probes"
+    return changed[0] if changed else probe.answer
+
+
+def _tool_list(tools: Sequence[Any]) -> str:
+    lines = "".join(json.dumps(tool, ensure_ascii=False) + "\n" for tool in tools)
+    return (
+        "# Tools\n\nYou may call these functions. Their signatures, one JSON object per line:\n<tools>\n"
+        f"{lines}</tools>\n\nWrite each call as a JSON object with the name and the arguments of the function:\n"
+        '<tool_call>\n{"name": ..., "arguments": {...}}\n</tool_call>'
+    )

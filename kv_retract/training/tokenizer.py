@@ -1,0 +1,62 @@
+"""Train the corpus tokenizer anew: `python -m kv_retract.training.tokenizer --out DIR [FILE ...]`.
+
+Counts merges in traces of the corpus and in a quarter of the texts of other files (chats as `build_tokenizer` reads
+them), so that ordinary English is not spelt out. The same files give the same tokenizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..reference.build_tokenizer import texts_of, train
+from .corpus import generate, training_families
+
+VOCAB_SIZE = 2048
+_ROLES = ("system", "user", "assistant", "tool")
+_ROLE_REPEATS = 5000
+"""Roles stand in every message but in no content; this makes them single tokens."""
+_SHARE_OF_OTHERS = 4
+
+
+def corpus_texts(num_traces: int, *, seed: int = 10**6, length: int = 300) -> Iterator[str]:
+    """Yield contents, calls, tools, questions and answers of `num_traces` traces of each family."""
+    for family in training_families():
+        for number in range(num_traces):
+            sample = generate(family, seed=seed + number, length=length)
+            for message in sample.messages:
+                yield message.content
+                for call in message.tool_calls:
+                    yield call.arguments
+                    yield json.dumps({"name": call.name, "arguments": {}})
+            for probe in sample.probes:
+                yield probe.question
+                yield probe.answer
+            yield from (json.dumps(tool) for tool in sample.tools)
+
+
+def train_tokenizer(others: Iterable[str] = (), *, num_traces: int = 400) -> Any:
+    """Return a tokenizer of `VOCAB_SIZE` entries with the bundled chat template."""
+    texts = sorted(others)
+    random.Random(0).shuffle(texts)
+    texts = [*corpus_texts(num_traces), *texts[: len(texts) // _SHARE_OF_OTHERS], *(_ROLES * _ROLE_REPEATS)]
+    return train(texts, vocab_size=VOCAB_SIZE, digits=2, split_names=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train and write the folder."""
+    parser = argparse.ArgumentParser(description="Train the corpus tokenizer.")
+    parser.add_argument("others", nargs="*", type=Path, help=".jsonl or .traj files of chats, or plain text files")
+    parser.add_argument("--out", required=True, type=Path, help="folder to write")
+    arguments = parser.parse_args(argv)
+    tokenizer = train_tokenizer([text for path in arguments.others for text in texts_of(path)])
+    tokenizer.save_pretrained(arguments.out)
+    print(f"{len(tokenizer)} entries written to {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
