@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
@@ -27,3 +28,18 @@ def pytest_collection_modifyitems(items):
         for marker, reason in missing.items():
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def kv_retract(monkeypatch, capfd):
+    """Run the command line with arguments; return exit code, standard output and standard error."""
+
+    from kv_retract.cli import main
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["kv-retract", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            main()
+        return left.value.code or 0, *capfd.readouterr()
+
+    return run

@@ -45,19 +45,6 @@ def traces(tmp_path):
     return path
 
 
-@pytest.fixture
-def kv_retract(monkeypatch, capfd):
-    """Run `main` with arguments; return exit code, standard output and standard error."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["kv-retract", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        return left.value.code or 0, *capfd.readouterr()
-
-    return run
-
-
 def process(*arguments, **kw):
     env = {**os.environ, "OMP_NUM_THREADS": "1", **kw.pop("env", {})}
     return subprocess.run([*PROGRAM, *map(str, arguments)], capture_output=True, text=True, timeout=300, env=env, **kw)

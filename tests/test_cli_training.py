@@ -8,7 +8,6 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from kv_retract import cli
 from kv_retract.cli import app
 from kv_retract.trace import read_traces
 from kv_retract.training.corpus import generate
@@ -19,19 +18,6 @@ TINY = {
     "hidden_size": 48, "intermediate_size": 32, "num_layers": 2, "num_heads": 6, "num_kv_heads": 2, "head_dim": 16,
     "steps": 3, "batch_tokens": 128, "lengths": [[0.0, 96]], "warmup": 1, "families": ["needles"],
 }  # fmt: skip
-
-
-@pytest.fixture
-def kv_retract(monkeypatch, capfd):
-    """Run `main` with arguments; return exit code, standard output and standard error."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["kv-retract", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        return left.value.code or 0, *capfd.readouterr()
-
-    return run
 
 
 @pytest.fixture
