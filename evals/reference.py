@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,6 +113,7 @@ def eval_reference(settings: ReferenceEval, *, progress: Progress = silent) -> d
         renderer = Renderer(loaded.tokenizer)
         tokens = RowEncoder(loaded.tokenizer).length
         answers: list[Answer] = []
+        done = 0
         total = len(families) * len(settings.lengths) * settings.n
         for family in families:
             for length in settings.lengths:
@@ -122,7 +123,8 @@ def eval_reference(settings: ReferenceEval, *, progress: Progress = silent) -> d
                         tokens=tokens, mentions=1.0,
                     )  # fmt: skip
                     answers += answers_to(sample, number, engine, renderer, length, settings.max_probes)
-                    progress(len({(a.sample_id) for a in answers}), total)
+                    done += 1
+                    progress(done, total)
         config = {
             "model": loaded.name,
             "num_parameters": loaded.model.num_parameters(),
@@ -141,7 +143,7 @@ def eval_reference(settings: ReferenceEval, *, progress: Progress = silent) -> d
         }
         metrics = {"config": config, "rows": reference_rows(answers)}
         write_json(folder / "config.json", config)
-        write_jsonl(folder / "samples.jsonl", ({**_fields(a), "right": a.right, "leaked": a.leaked} for a in answers))
+        write_jsonl(folder / "samples.jsonl", ({**asdict(a), "right": a.right, "leaked": a.leaked} for a in answers))
         write_json(folder / "metrics.json", metrics)
     return metrics
 
@@ -207,7 +209,3 @@ def _ask(session: KVRetractSession, messages: Sequence[Message], sample: CorpusS
     asked = [*messages, Message("user", probe.question)]
     sampling = SamplingParams(max_tokens=MAX_ANSWER)
     return session.step("t", asked, tools=sample.tools, sampling=sampling).message.content
-
-
-def _fields(answer: Answer) -> dict[str, Any]:
-    return {name: getattr(answer, name) for name in answer.__dataclass_fields__}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +95,22 @@ def train(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train on the named files and write the folder."""
-    parser = argparse.ArgumentParser(description="Train the bundled tokenizer.")
-    parser.add_argument("corpus", nargs="+", type=Path, help=".jsonl or .traj files of chats, or plain text files")
+    run_program(argv, train, description="Train the bundled tokenizer.", files="+")
+
+
+def run_program(
+    argv: Sequence[str] | None, train: Callable[[list[str]], PreTrainedTokenizerFast], *, description: str, files: str
+) -> None:
+    """Read the named files, train on their texts, write the folder.
+
+    Args:
+        argv: arguments of the program; None: those of the process.
+        train: texts to a tokenizer.
+        description: for `--help`.
+        files: how many files are named, as `nargs` of argparse: `+` or `*`.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("corpus", nargs=files, type=Path, help=".jsonl or .traj files of chats, or plain text files")
     parser.add_argument("--out", required=True, type=Path, help="folder to write")
     arguments = parser.parse_args(argv)
     tokenizer = train([text for path in arguments.corpus for text in texts_of(path)])

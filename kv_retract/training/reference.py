@@ -157,6 +157,13 @@ class Batch:
     visible: torch.Tensor | None
     """Who sees whom; None: plain causal attention. Shape: (num_rows, 1, num_tokens, num_tokens), bool"""
 
+    def mask(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
+        """Return `visible` as an additive mask of the same shape; None for plain causal attention."""
+        if self.visible is None:
+            return None
+        zeros = torch.zeros(self.visible.shape, dtype=dtype, device=device)
+        return zeros.masked_fill_(~self.visible.to(device), torch.finfo(dtype).min)
+
 
 def batches(config: ReferenceConfig, encoder: RowEncoder, *, start: int = 0) -> Iterator[Batch]:
     """Yield the batches of training from step `start` on; each depends on the configuration and its step only."""
@@ -229,10 +236,7 @@ def loss_of(
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """Return the loss of a batch and its parts: cross entropy of answers and text, share of right answer tokens."""
     device = next(model.parameters()).device
-    mask = None
-    if batch.visible is not None:
-        mask = torch.zeros(batch.visible.shape, dtype=dtype, device=device)
-        mask.masked_fill_(~batch.visible.to(device), torch.finfo(dtype).min)
+    mask = batch.mask(dtype, device)
     ids = batch.ids.to(device)
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
         hidden = model.model(ids, attention_mask=mask, use_cache=False).last_hidden_state
@@ -289,8 +293,7 @@ def probe_accuracy(
             row = encoder.encode(sample, probes, hidden=spans if hidden else (), with_tools=False)
             batch = collate([row], random.Random(0), 0.0, masked=True)
             device = next(model.parameters()).device
-            mask = torch.zeros(batch.visible.shape, dtype=dtype, device=device)  # type: ignore[union-attr]
-            mask.masked_fill_(~batch.visible.to(device), torch.finfo(dtype).min)  # type: ignore[union-attr]
+            mask = batch.mask(dtype, device)
             with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
                 logits = model(batch.ids.to(device), attention_mask=mask, use_cache=False).logits[0]
             good = torch.ones(len(row.ids), dtype=torch.bool)

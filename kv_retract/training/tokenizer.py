@@ -6,14 +6,12 @@ them), so that ordinary English is not spelt out. The same files give the same t
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-from ..reference.build_tokenizer import texts_of, train
+from ..reference.build_tokenizer import run_program, train
 from .corpus import generate, training_families
 
 VOCAB_SIZE = 2048
@@ -49,13 +47,7 @@ def train_tokenizer(others: Iterable[str] = (), *, num_traces: int = 400) -> Any
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train and write the folder."""
-    parser = argparse.ArgumentParser(description="Train the corpus tokenizer.")
-    parser.add_argument("others", nargs="*", type=Path, help=".jsonl or .traj files of chats, or plain text files")
-    parser.add_argument("--out", required=True, type=Path, help="folder to write")
-    arguments = parser.parse_args(argv)
-    tokenizer = train_tokenizer([text for path in arguments.others for text in texts_of(path)])
-    tokenizer.save_pretrained(arguments.out)
-    print(f"{len(tokenizer)} entries written to {arguments.out}")
+    run_program(argv, train_tokenizer, description="Train the corpus tokenizer.", files="*")
 
 
 if __name__ == "__main__":
