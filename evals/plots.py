@@ -1,4 +1,4 @@
-"""Plots of a report, as SVG data URIs: a page that holds them needs no other file, and an `<img>` runs no script."""
+"""Plots as SVG. Those of a report are data URIs: its page needs no other file, and an `<img>` runs no script."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def divergence_plot(samples: Sequence[Sample], rows: Sequence[Mapping[str, Any]]
         axes.set_xlim(left=0)
         axes.set_xlabel("KL from recompute, nats per token (dots: steps; diamond: mean and its standard error)")
 
-    return _svg(draw, height=1.1 + 0.5 * len(arms))
+    return _uri(_svg(draw, height=1.1 + 0.5 * len(arms)))
 
 
 def cost_plot(samples: Sequence[Sample], arms: Sequence[str]) -> str:
@@ -65,10 +65,38 @@ def cost_plot(samples: Sequence[Sample], arms: Sequence[str]) -> str:
         if axes.has_data():
             axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
 
-    return _svg(draw, height=3.4)
+    return _uri(_svg(draw, height=3.4))
 
 
-def _svg(draw: Callable[[Any], None], *, height: float) -> str:
+def loss_plot(entries: Sequence[Mapping[str, Any]]) -> bytes:
+    """Draw the log of a training run (`RunFolder.entries`): losses, and accuracy of the validations; an SVG file."""
+
+    def draw(axes: Any) -> None:
+        losses = [entry for entry in entries if "answer" in entry]
+        for number, (name, label) in enumerate((("answer", "loss of answers"), ("text", "loss of the text"))):
+            axes.plot([e["step"] for e in losses], [e[name] for e in losses], color=_COLORS[number], label=label)
+        axes.set_yscale("log")
+        axes.set_xlabel("step")
+        axes.set_ylabel("nats per token")
+        right = axes.twinx()
+        right.set_ylim(0, 1.02)
+        right.set_ylabel("probes answered exactly")
+        for number, name in enumerate(("clean", "notes", "test"), start=2):
+            points = [(e["step"], sum(e[name].values()) / len(e[name])) for e in entries if e.get(name)]
+            if points:
+                steps, values = zip(*points, strict=True)
+                right.plot(steps, values, _MARKERS[number] + "--", color=_COLORS[number], markersize=4, label=name)
+        handles = [*axes.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
+        axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 1.18), ncols=5, frameon=False)
+
+    return _svg(draw, height=3.8)
+
+
+def _uri(svg: bytes) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg).decode("ascii")
+
+
+def _svg(draw: Callable[[Any], None], *, height: float) -> bytes:
     with rc_context(dict(_STYLE)):
         figure = Figure(figsize=(7.6, height), layout="constrained")
         axes = figure.subplots()
@@ -78,7 +106,7 @@ def _svg(draw: Callable[[Any], None], *, height: float) -> str:
         draw(axes)
         file = io.BytesIO()
         figure.savefig(file, format="svg", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+    return file.getvalue()
 
 
 def _finite(values: Sequence[float | None]) -> list[float]:

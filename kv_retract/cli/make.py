@@ -37,16 +37,23 @@ def train_reference(
     out: Annotated[Path, typer.Option(help="Folder of the run; the same folder resumes it.")],
     config: Annotated[Path | None, typer.Option(help="JSON file with fields of ReferenceConfig.")] = None,
     device: Device = "cpu",
+    compiled: Annotated[bool, typer.Option("--compile", help="Use torch.compile; needs a C++ compiler.")] = False,
     minutes: Annotated[float | None, typer.Option(min=0, help="Stop with a checkpoint after so long.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Train a small chat model on the corpus, or go on with a run that was stopped."""
-    from ..training.reference import read_config
+    """Train a small chat model on the corpus, or go on with a run that was stopped.
+
+    Writes config.json, log.jsonl, loss.svg, state.pt and, once finished, the folder model.
+    """
+    from ..evals.plots import loss_plot
+    from ..training.checkpoint import RunFolder
+    from ..training.config import read_config
     from ..training.reference import train_reference as run
 
     settings = read_config(config)
     with progress_bar("steps") as tick:
-        done = run(settings, out, device=device, seconds=minutes and minutes * 60, progress=tick)
+        done = run(settings, out, device=device, compiled=compiled, seconds=minutes and minutes * 60, progress=tick)
+    (out / "loss.svg").write_bytes(loss_plot(RunFolder(out, settings.to_json()).entries()))
     if as_json:
         print(json.dumps({"out": str(out), "steps": done, "finished": done == settings.steps}))
     else:

@@ -1,4 +1,4 @@
-"""Bundled tokenizers: of the random models, and of the small models that are trained on the corpus."""
+"""What is bundled: the reference model, and the tokenizer of the random models."""
 
 from __future__ import annotations
 
@@ -7,5 +7,6 @@ from pathlib import Path
 TOKENIZER_DIR = Path(__file__).parent / "tokenizer"
 """Folder in the format of transformers: `tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja`."""
 
-CORPUS_TOKENIZER_DIR = Path(__file__).parent / "corpus_tokenizer"
-"""The same, with 2048 entries counted in the corpus: names and short values are single tokens or two."""
+MODEL_DIR = Path(__file__).parent / "model"
+"""Weights and configuration of the reference model, and a tokenizer of 2048 entries counted in the corpus it is trained
+on: names and short values are single tokens or two."""

@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..types import Interval, Message
+from ..types import Interval, Message, SpanRef
 from .samples import CorpusSample, Probe
 
 IntArray = NDArray[np.int64]
+_END_OF_TURN = 2
+"""Tokens behind a content that belong to its turn: `<|im_end|>` and a line break."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,6 @@ class RowEncoder:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
 
     def length(self, text: str) -> int:
@@ -68,15 +69,18 @@ class RowEncoder:
         *,
         removed: Iterable[str] = (),
         hidden: Iterable[str] = (),
+        notes_only: bool = False,
         with_tools: bool = True,
     ) -> Row:
         """Encode a thread with probes behind it.
 
         Args:
             sample: the thread.
-            probes: asked one after the other, each answered rightly.
+            probes: each asked on the thread alone, and answered rightly.
             removed: ids of spans whose tokens are cut out.
             hidden: ids of spans that the probes they affect must not see, and yet answer as if they did.
+            notes_only: such probes see the system message and later messages that name the subject of a hidden span,
+                and nothing else of the thread.
             with_tools: whether the tools are listed in the first turn.
         """
         removed, hidden = set(removed), set(hidden)
@@ -85,14 +89,14 @@ class RowEncoder:
         ids = np.array(encoding.ids, dtype=np.int64)
         starts = np.array([start for start, _ in encoding.offsets])
         ends = np.array([end for _, end in encoding.offsets])
-        where: dict[str, Interval] = {}
-        for span in sample.spans:
-            begin = at[span.ref.message]
-            length = len(sample.messages[span.ref.message].content)
-            first, last = begin + span.ref.start, begin + (length if span.ref.end is None else span.ref.end)
-            where[span.span_id] = (
-                int(np.searchsorted(ends, first, side="right")), int(np.searchsorted(starts, last, side="left")),
-            )  # fmt: skip
+
+        def tokens_of(ref: SpanRef) -> Interval:
+            begin = at[ref.message]
+            length = len(sample.messages[ref.message].content)
+            first, last = begin + ref.start, begin + (length if ref.end is None else ref.end)
+            return int(np.searchsorted(ends, first, side="right")), int(np.searchsorted(starts, last, side="left"))
+
+        where = {span.span_id: tokens_of(span.ref) for span in sample.spans}
         keep = np.ones(len(ids), dtype=np.bool_)
         for span_id in removed:
             keep[slice(*where[span_id])] = False
@@ -102,13 +106,16 @@ class RowEncoder:
         blind = []
         for number, probe in enumerate(probes):
             question, answer = probe_text(probe.question, _answer(probe, removed))
-            tokens = [self._backend.encode(part, add_special_tokens=False).ids for part in (question, answer)]
-            parts.append(np.array([*tokens[0], *tokens[1]], dtype=np.int64))
-            answers.append(np.repeat([False, True], [len(tokens[0]), len(tokens[1])]))
-            owners.append(np.full(len(tokens[0]) + len(tokens[1]), number))
-            for span_id in hidden & set(probe.without):
-                start, end = where[span_id]
-                blind.append((number, (int(moved[start]), int(moved[end]))))
+            asked, told = (self._backend.encode(part, add_special_tokens=False).ids for part in (question, answer))
+            parts.append(np.array([*asked, *told], dtype=np.int64))
+            answers.append(np.repeat([False, True], [len(asked), len(told)]))
+            owners.append(np.full(len(asked) + len(told), number))
+            spans = hidden & set(probe.without)
+            covered = [where[span_id] for span_id in spans]
+            if spans and notes_only:
+                notes = [tokens_of(SpanRef(index)) for index in _notes(sample, spans)]
+                covered = _complement([(start, end + _END_OF_TURN) for start, end in notes], len(keep))
+            blind += [(number, (int(moved[start]), int(moved[end]))) for start, end in covered]
         return Row(np.concatenate(parts), np.concatenate(answers), np.concatenate(owners), tuple(blind))
 
 
@@ -157,6 +164,24 @@ def choose_spans(sample: CorpusSample, rng: random.Random, *, share: float) -> s
             chosen.add(span_id)
             affected |= questions
     return chosen
+
+
+def _notes(sample: CorpusSample, span_ids: Iterable[str]) -> list[int]:
+    """Return the messages where notes on some spans can be: the first of all, and later ones that name a subject."""
+    spans = [sample.span(span_id) for span_id in span_ids]
+    own = {span.ref.message for span in spans}
+    return [
+        index
+        for index, message in enumerate(sample.messages)
+        if index == 0
+        or (index not in own and any(index > span.ref.message and span.subject in message.content for span in spans))
+    ]
+
+
+def _complement(intervals: Sequence[Interval], length: int) -> list[Interval]:
+    """Return what ascending intervals leave of `length` tokens."""
+    edges = [0, *(edge for interval in intervals for edge in interval), length]
+    return [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]
 
 
 def _answer(probe: Probe, removed: set[str]) -> str:

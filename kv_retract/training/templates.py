@@ -27,6 +27,9 @@ ASK = (
     "Can you check {what} for me?",
     "I need {what}.",
     "Look up {what}, please.",
+    "Find {what}.",
+    "Get me {what}, will you?",
+    "Would you look up {what}?",
     "Could you find out {what}?",
 )
 DONE = (
@@ -41,6 +44,9 @@ MENTION_USER = (
     "Keep {subject} in mind.",
     "We will need {subject} again.",
     "Let us not forget {subject}.",
+    "Remember {subject} for later.",
+    "More on {subject} soon.",
+    "About {subject} we talk afterwards.",
     "There is still {subject} to talk about.",
 )
 MENTION_ASSISTANT = (
@@ -48,6 +54,9 @@ MENTION_ASSISTANT = (
     "Yes, {subject} is on my list.",
     "I have not forgotten {subject}.",
     "Right, {subject} comes next.",
+    "Fine, then {subject} it is.",
+    "All right, {subject} stays on the list.",
+    "Of course, we return to {subject}.",
     "Noted: {subject}.",
 )
 QUESTION = (
@@ -55,6 +64,9 @@ QUESTION = (
     "Tell me {what}.",
     "Which one is {what}?",
     "Do you know {what}?",
+    "Can you tell me {what}?",
+    "Give me {what}, please.",
+    "Now, what was {what}?",
     "Please give me {what}.",
 )
 ANSWER = "{What} is {value}."

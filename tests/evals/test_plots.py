@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from kv_retract.evals.metrics import metric_rows
-from kv_retract.evals.plots import cost_plot, divergence_plot
+from kv_retract.evals.plots import cost_plot, divergence_plot, loss_plot
 
 ARMS = ["none", "mask", "shift"]
 
@@ -60,3 +60,16 @@ def test_the_same_numbers_give_the_same_file(samples):
     rows = metric_rows(samples, ARMS, [])
     assert divergence_plot(samples, rows, ARMS) == divergence_plot(samples, rows, ARMS)
     assert cost_plot(samples, ARMS) == cost_plot(samples, ARMS) != cost_plot(samples[:4], ARMS)
+
+
+def test_the_log_of_a_training_run():
+    losses = [{"step": 20 * i, "answer": 5 / i, "text": 6 / i, "right": 0.5} for i in range(1, 6)]
+    validation = {"step": 100, "clean": {"facts": 1.0, "errors": 0.5}, "notes": {"facts": 0.2}, "test": {}}
+    text, without = (loss_plot(entries).decode() for entries in ([*losses, validation], losses))
+    for page in (text, without, loss_plot([]).decode()):
+        ET.fromstring(page)
+    assert all(f"stroke: {color}" in text for color in ("#0072b2", "#d55e00")), "two losses"
+    assert "#009e73" in text and "#cc79a7" in text and "#009e73" not in without, (
+        "two validations; that of no probes is left out"
+    )
+    assert loss_plot([*losses, validation]) == loss_plot([*losses, validation])

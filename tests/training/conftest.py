@@ -3,15 +3,16 @@
 import pytest
 from transformers import AutoTokenizer
 
-from kv_retract.reference import CORPUS_TOKENIZER_DIR
+from kv_retract.reference import MODEL_DIR
+from kv_retract.training.config import ReferenceConfig
 from kv_retract.training.corpus import generate
 from kv_retract.training.encoding import RowEncoder
-from kv_retract.training.reference import ReferenceConfig, new_model
+from kv_retract.training.reference import new_model
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(CORPUS_TOKENIZER_DIR, local_files_only=True)
+    return AutoTokenizer.from_pretrained(MODEL_DIR, local_files_only=True)
 
 
 @pytest.fixture(scope="session")

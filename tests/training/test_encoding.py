@@ -144,6 +144,29 @@ def test_all_removed(make, encoder, renderer):
     assert renderer.tokenizer.decode(row.ids[row.answer]) == f"{UNKNOWN}<|im_end|>\n" * len(sample.probes)
 
 
+@each_case
+def test_from_notes_alone_a_probe_sees_later_mentions_and_the_system_message(make, encoder, renderer, family, split):
+    for seed in range(4):
+        sample = make(family, seed, length=200, split=split, mentions=1.0)
+        hidden = [s.span_id for s in sample.spans]
+        row = encoder.encode(sample, sample.probes, hidden=hidden, notes_only=True, with_tools=False)
+        seen = row.visible()
+        for number, probe in enumerate(sample.probes):
+            thread = seen[np.flatnonzero(row.probe == number)[-1]][: int((row.probe == -1).sum())]
+            if not probe.without:
+                assert thread.all()
+                continue
+            spans = [sample.span(span_id) for span_id in probe.without]
+            if not all(span.subject for span in spans):
+                continue  # an injection that concerns everything: whatever follows can hold notes
+            text = renderer.tokenizer.decode(row.ids[: len(thread)][thread])
+            notes = sample.messages[0].content
+            for i, message in enumerate(sample.messages):
+                later = [s for s in spans if i > s.ref.message and s.subject in message.content]
+                notes += message.content if later and i not in {s.ref.message for s in spans} else ""
+            assert text.replace("<|im_end|>\n", "").replace("\n</tool_response>", "") == notes
+
+
 # -- who sees whom --------------------------------------------------------------------------------------------------
 
 

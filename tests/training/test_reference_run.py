@@ -35,7 +35,7 @@ def flat(values):
 
 
 def test_a_run_in_pieces_equals_an_uninterrupted_one(run, tiny, tmp_path):
-    config = tiny(steps=6, notes_from=0.0, notes_share=0.5)
+    config = tiny(steps=6, notes_first=0.2, notes_share=0.5)
     assert run(config, tmp_path / "whole") == 6
     for done in range(1, 7):
         assert run(config, tmp_path / "pieces", seconds=0.0) == done
@@ -52,11 +52,27 @@ def test_the_folder_of_a_finished_run(run, tiny, tmp_path, tokenizer):
     assert {path.name for path in out.iterdir()} == {"config.json", "log.jsonl", "model", "state.pt"}
     assert json.loads((out / "config.json").read_text()) == json.loads(json.dumps(config.to_json()))
     entries = RunFolder(out, config.to_json()).entries()
-    assert entries[-1]["step"] == 2 and set(entries[-1]["clean"]) == set(entries[-1]["notes"]) == {"needles"}
+    assert entries[-1]["step"] == 2 and all(
+        set(entries[-1][name]) == {"needles"} for name in ("clean", "notes", "test")
+    )
     assert ticks == [(1, 2), (2, 2)]
     loaded = load_model(str(out / "model"))
     assert not loaded.is_random and loaded.tokenizer.chat_template == tokenizer.chat_template
     assert all(torch.equal(a, state(out)["model"][n].bfloat16().float()) for n, a in loaded.model.state_dict().items())
+
+
+def test_a_compiled_run_trains_the_same_weights(run, tiny, tmp_path, monkeypatch):
+    """Traced, and run as traced: without a compiler that may round otherwise."""
+    traced, compile = [], torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda part, dynamic: traced.append(part) or compile(part, dynamic=dynamic, backend="eager")
+    )
+    config = tiny(steps=2)
+    run(config, tmp_path / "plain")
+    run(config, tmp_path / "compiled", compiled=True)
+    plain, compiled = (flat(state(tmp_path / name)["model"]) for name in ("plain", "compiled"))
+    assert len(traced) == 1 and len(plain) == len(compiled)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(plain, compiled, strict=True))
 
 
 def test_a_stopped_run_has_no_model(run, tiny, tmp_path):
@@ -94,12 +110,12 @@ def test_a_small_model_learns_to_look_things_up(run, tiny, tmp_path, tokenizer, 
     """In well under a minute on one core: facts of a thread are told for names that training never saw."""
     config = tiny(
         hidden_size=128, intermediate_size=256, num_layers=3, head_dim=32, families=("needles",), steps=550,
-        batch_tokens=640, lengths=((0.0, 400),), learning_rate=1e-3, warmup=30, text_share=0.1, notes_from=1.0,
-        removed_share=0.0,
+        batch_tokens=640, lengths=((0.0, 400),), learning_rate=1e-3, warmup=30, text_share=0.1, text_from=0.0,
+        notes_first=0.0, notes_share=0.0, removed_share=0.0,
     )  # fmt: skip
 
     def accuracy(model, split):
-        common = dict(length=128, seed=10**9, n=40, hidden=False, dtype=torch.float32, families=("needles",))
+        common = dict(length=128, seed=10**9, n=40, dtype=torch.float32, families=("needles",))
         return probe_accuracy(model, encoder, split=split, **common)["needles"]
 
     out = tmp_path / "run"

@@ -86,6 +86,31 @@ def test_names_that_no_model_has_seen_are_copied_from_a_thread(model_of, make, e
     assert total > 50 and right / total > 0.6
 
 
+@torch.inference_mode()
+def test_a_value_that_is_hidden_is_read_from_a_later_mention(model_of):
+    """`k i s V ... k m x ... k i s`, and V is hidden from the end: x matched V in layer 1, and the end matches x."""
+    ranks, found = {True: [], False: []}, []
+    for seed in range(8):
+        model = model_of(reference.ReferenceConfig(seed=seed))
+        model.set_attn_implementation("eager")
+        ids = torch.randperm(model.config.vocab_size, generator=torch.Generator().manual_seed(seed))[:100]
+        told, mention, end = 20, 60, 99
+        ids[mention - 1] = ids[end - 2] = ids[told - 2]
+        ids[[end - 1, end]] = ids[[told - 1, told]]
+        value = ids[told + 1]
+        mask = torch.full((100, 100), torch.finfo(torch.float32).min).triu(1)
+        mask[-3:, told - 2 : told + 2] = torch.finfo(torch.float32).min
+        for wired in (True, False):
+            if not wired:
+                model.model.layers[2].self_attn.o_proj.weight.zero_()
+            out = model(ids[None], attention_mask=mask[None, None], output_attentions=True)
+            ranks[wired].append(int((out.logits[0, -1] > out.logits[0, -1, value]).sum()))
+            if wired:
+                found.append(float(out.attentions[2][0, 0, -1, mention + 1]))
+    assert sum(found) / len(found) > 0.2, "a hundredth by chance; the end itself matches as well"
+    assert sum(ranks[True]) < 0.8 * sum(ranks[False])
+
+
 def test_the_same_seed_draws_the_same_model(model_of):
     one, again, other = (model_of(reference.ReferenceConfig(num_heads=6, seed=seed)).state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(one[name], again[name]) for name in one)

@@ -10,7 +10,16 @@ from ..threads import Block, Draft, Mark, Writer, function_tool
 from .base import FAMILIES
 
 _TRY = ("Please book {name}.", "Book {name} for me.", "I want to book {name}.", "Go ahead with {name}.", "Try {name}.")
-_ASK = ("What came of {name}?", "How did {name} go?", "Tell me about {name}.", "And {name}?", "What about {name}?")
+_ASK = (
+    "What came of {name}?",
+    "How did {name} go?",
+    "Tell me about {name}.",
+    "And {name}?",
+    "Any news of {name}?",
+    "Did {name} work?",
+    "Where do we stand with {name}?",
+    "What about {name}?",
+)
 _HEARD = ("I have an answer.", "The tool has answered.", "That was answered.", "I have the outcome.", "It is done.")
 
 

@@ -19,6 +19,8 @@ _STATE = (
     "For the future: my preferred {thing} is {value}.",
     "Please note that my preferred {thing} is {value}.",
     "By the way, my preferred {thing} is {value}.",
+    "I like to say it once: my preferred {thing} is {value}.",
+    "Remember that my preferred {thing} is {value}.",
     "You should know that my preferred {thing} is {value}.",
 )
 _CHANGE = (
@@ -26,6 +28,8 @@ _CHANGE = (
     "Actually, my preferred {thing} is {value}.",
     "No, wait, my preferred {thing} is {value}.",
     "From now on my preferred {thing} is {value}.",
+    "Sorry, my preferred {thing} is {value}.",
+    "Make that another one, my preferred {thing} is {value}.",
     "Let me correct that, my preferred {thing} is {value}.",
 )
 _WITHDRAW = (
@@ -33,6 +37,8 @@ _WITHDRAW = (
     "I no longer have a preferred {thing}.",
     "Please drop my preferred {thing}.",
     "My preferred {thing} does not matter any more.",
+    "There is no preferred {thing} of mine any longer.",
+    "Strike my preferred {thing}.",
     "Delete what I said about my preferred {thing}.",
 )
 _OK = ("Understood.", "I will remember that.", "All right.", "Noted, thank you.", "Of course.")
