@@ -12,7 +12,12 @@ SAMPLE := examples/data/tau_bench_airline_sample.jsonl
 # One hundred trajectories, where they lie beside the checkout; the sample holds six of them.
 MORE ?= $(wildcard ../shared/data/tau_bench/airline_trajectories.jsonl)
 REPLAY = $(BIN)/kv-retract replay $(1) --policy tool_error --policy superseded \
-	--arm none --arm mask --arm shift --arm recompute --model random --out $(2)
+	--arm none --arm mask --arm shift --arm recompute --out $(2)
+
+# What the reference model answers on traces like those it was trained on, and with names and wordings it never saw.
+TRACES ?= 6
+EVAL = $(BIN)/kv-retract eval reference --split $(1) $(2) --n $(TRACES) --workers $(WORKERS) --out runs/results/$(3) && \
+	mkdir -p evals/results/$(3) && cp runs/results/$(3)/metrics.json evals/results/$(3)/
 
 # Models are never fetched: a test or a command that tried would fail at once.
 export HF_HUB_OFFLINE := 1
@@ -32,7 +37,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
-demo: $(STAMP)  ## replay real agent traces under four erasers and write a report
+demo: $(STAMP)  ## tell one agent run under three erasers, then replay real traces and write a report
+	@$(BIN)/kv-retract demo
 	@$(call REPLAY,$(SAMPLE),$(DEMO_OUT))
 	@$(if $(MORE),$(call REPLAY,$(MORE) --limit 4,$(DEMO_OUT)-more))
 
@@ -54,13 +60,15 @@ type: $(STAMP)  ## check types
 results: $(STAMP)  ## measure anew what the README's tables show; MORE names the trajectories
 	@test -n '$(MORE)' || { echo "name the file of 100 tau-bench trajectories: make results MORE=FILE"; exit 2; }
 	@rm -rf runs/results && $(BIN)/kv-retract bench edit --repeats 9 --out runs/results/bench-edit.json
-	@$(call REPLAY,$(MORE),runs/results/replay)
+	@$(call REPLAY,$(MORE) --model random,runs/results/replay)
 	@cp runs/results/bench-edit.json evals/results/
 	@cp runs/results/replay/metrics.json evals/results/replay-tau-bench/
+	@$(call EVAL,train,--length 256 --length 1024 --length 2048 --length 4096,reference)
+	@$(call EVAL,test,--length 256 --length 1024,reference-test)
 	@$(MAKE) --no-print-directory tables
 
-tables: $(STAMP)  ## write the README's tables from evals/results
-	@$(BIN)/python -m kv_retract.evals.readme README.md
+tables: $(STAMP)  ## write the tables of the pages from evals/results
+	@$(BIN)/python -m kv_retract.evals.readme README.md evals/results/README.md
 
 bench: $(STAMP)  ## time each eraser's edit of an 8K thread
 	@mkdir -p runs && $(BIN)/kv-retract bench edit --model random-256 --out runs/bench-$(NOW).json

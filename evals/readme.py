@@ -1,4 +1,4 @@
-"""Tables of the README, written from results files: `python -m kv_retract.evals.readme README.md`.
+"""Tables in pages, written from results files: `python -m kv_retract.evals.readme README.md evals/results/README.md`.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of NAME -->`; everything between is replaced.
 """
@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from kv_retract.errors import KVRetractError
+from kv_retract.training.families import HELD_OUT
 
 from .report import number
 
@@ -92,19 +93,78 @@ def _replay(data: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _reference(data: Mapping[str, Any]) -> str:
+    config, rows = data["config"], data["rows"]
+    lengths = [str(length) for length in config["lengths"]]
+    lines = [
+        f"Share of answers that are exactly right on traces that never held the span, by length in tokens; split "
+        f"`{config['split']}`, {config['n']} traces per family and length.",
+        "",
+        f"| family | {' | '.join(lengths)} |",
+        "|---" * (len(lengths) + 1) + "|",
+    ]
+    for family in config["families"]:
+        cells = (_pooled(rows, "accuracy", family=family, length=length, arm="clean") for length in config["lengths"])
+        lines.append(f"| `{family}` | {' | '.join(cells)} |")
+    trained = [row for row in rows if row["family"] != HELD_OUT]
+    cells = [_pooled(trained, "accuracy", length=length, arm="clean") for length in config["lengths"]]
+    below = [str(n) for n, cell in zip(config["lengths"], cells, strict=True) if float(cell.split()[0]) < 0.8]
+    arms = ("none", "mask", "recompute")
+    lines += [
+        f"| all but `{HELD_OUT}` | {' | '.join(cells)} |",
+        "",
+        f"Over the families it was trained on, that is below 80 % from {below[0]} tokens on."
+        if below
+        else "Over the families it was trained on, that is 80 % or more at every length measured.",
+        "",
+        "Share of affected answers that are exactly the retracted one, all lengths together:",
+        "",
+        f"| family | span | n | {' | '.join(f'`{arm}`' for arm in arms)} |",
+        "|---|---|---|---|---|---|",
+    ]
+    kinds = sorted({(row["family"], row["kind"]) for row in rows if row["kind"] != "clean"})
+    for family, kind in sorted(kinds, key=lambda pair: (config["families"].index(pair[0]), pair[1])):
+        chosen = [row for row in rows if row["family"] == family and row["kind"] == kind]
+        n = sum(row["n"] for row in chosen if row["arm"] == "none")
+        cells = (_pooled(chosen, "leak", arm=arm) for arm in arms)
+        lines.append(f"| `{family}` | {kind.replace('_', ' ')} | {n} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"Model `{config['model']}` ({config['num_parameters'] / 1e6:.1f} M parameters), {config['dtype']}, greedy; "
+        "± is one standard error.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _pooled(rows: Sequence[Mapping[str, Any]], column: str, **chosen: Any) -> str:
+    """Return the mean of a column over the answers of some rows, with its standard error; their traces differ."""
+    parts = [row for row in rows if all(row[name] == value for name, value in chosen.items())]
+    n = sum(row["n"] for row in parts)
+    if not n:
+        return number(None)
+    mean = sum(row["n"] * row[column] for row in parts) / n
+    errors = [row[f"{column}_se"] for row in parts]
+    if None in errors:  # of a row with one trace nobody knows it
+        return f"{mean:.2f}"
+    return f"{mean:.2f} ± {sum((r['n'] * e) ** 2 for r, e in zip(parts, errors, strict=True)) ** 0.5 / n:.2f}"
+
+
 TABLES: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "bench-edit": ("bench-edit.json", _bench_edit),
     "replay": ("replay-tau-bench/metrics.json", _replay),
+    "reference": ("reference/metrics.json", _reference),
+    "reference-test": ("reference-test/metrics.json", _reference),
 }
 """Name to results file and writer."""
 
 
 def main() -> None:
-    """Rewrite the tables of the pages named on the command line; results lie in `evals/results` beside each."""
+    """Rewrite the tables of the pages named on the command line; results lie beside it or in `evals/results`."""
     for name in sys.argv[1:]:
         page = Path(name)
-        text = page.read_text(encoding="utf-8")
-        page.write_text(with_tables(text, page.parent / "evals" / "results"), encoding="utf-8")
+        results = page.parent / "evals" / "results"
+        text = with_tables(page.read_text(encoding="utf-8"), results if results.is_dir() else page.parent)
+        page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

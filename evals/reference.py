@@ -6,10 +6,14 @@ had the span, tell whether the model reads at all.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +30,7 @@ from .stats import mean, standard_error
 
 if TYPE_CHECKING:
     from kv_retract.engine.hf import HFEngine
+    from kv_retract.engine.models import LoadedModel
     from kv_retract.training.samples import CorpusSample, Probe
 
 CLEAN = "clean"
@@ -49,9 +54,9 @@ class ReferenceEval:
     """What to measure."""
 
     out: Path
-    model: str
+    model: str = "reference"
     families: tuple[str, ...] = ()
-    """None: all, the held-out one included."""
+    """None: all that the split has; the held-out one is in `test` only."""
     lengths: tuple[int, ...] = LENGTHS
     n: int = 24
     """Traces per family and length."""
@@ -61,6 +66,8 @@ class ReferenceEval:
     seed: int = 0
     device: str = "cpu"
     dtype: str = "float32"
+    workers: int = 1
+    """Processes; each takes families and lengths, and a share of the cores. What they find does not depend on it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,34 +104,21 @@ def eval_reference(settings: ReferenceEval, *, progress: Progress = silent) -> d
         OutputExistsError: the results folder is there already.
         UnknownNameError: the model or a family has no such name.
     """
-    from kv_retract.engine.hf import HFEngine
     from kv_retract.engine.models import load_model
-    from kv_retract.training.corpus import generate
-    from kv_retract.training.encoding import RowEncoder
+    from kv_retract.training.corpus import training_families
     from kv_retract.training.families import FAMILIES
 
-    families = settings.families or tuple(FAMILIES.names())
+    families = settings.families or tuple(training_families() if settings.split == "train" else FAMILIES.names())
     for family in families:
         FAMILIES.factory(family)
     started = time.perf_counter()
     with results_folder(settings.out) as folder:
         loaded = load_model(settings.model, device=settings.device, dtype=settings.dtype)
-        engine = HFEngine(loaded.model, max_tokens=8 * (max(settings.lengths) + 1024), name=loaded.name)
-        renderer = Renderer(loaded.tokenizer)
-        tokens = RowEncoder(loaded.tokenizer).length
+        jobs = [(family, length) for family in families for length in settings.lengths]
         answers: list[Answer] = []
-        done = 0
-        total = len(families) * len(settings.lengths) * settings.n
-        for family in families:
-            for length in settings.lengths:
-                for number in range(settings.n):
-                    sample = generate(
-                        family, seed=settings.seed + number, length=length, split=settings.split,  # type: ignore[arg-type]
-                        tokens=tokens, mentions=1.0,
-                    )  # fmt: skip
-                    answers += answers_to(sample, number, engine, renderer, length, settings.max_probes)
-                    done += 1
-                    progress(done, total)
+        for done, part in enumerate(_run(settings, jobs, loaded), start=1):
+            answers += part
+            progress(done, settings.n * len(jobs))
         config = {
             "model": loaded.name,
             "num_parameters": loaded.model.num_parameters(),
@@ -146,6 +140,45 @@ def eval_reference(settings: ReferenceEval, *, progress: Progress = silent) -> d
         write_jsonl(folder / "samples.jsonl", ({**asdict(a), "right": a.right, "leaked": a.leaked} for a in answers))
         write_json(folder / "metrics.json", metrics)
     return metrics
+
+
+def _run(settings: ReferenceEval, jobs: Sequence[tuple[str, int]], loaded: LoadedModel) -> Iterator[list[Answer]]:
+    """Yield the answers about each trace, in the order of jobs whatever the number of processes."""
+    if settings.workers == 1:
+        for family, length in jobs:
+            yield from _answers_of(settings, family, length, loaded)
+        return
+    # Not forked: the threads of torch do not survive that.
+    with ProcessPoolExecutor(settings.workers, mp_context=get_context("spawn")) as pool:
+        for parts in pool.map(_work, repeat(settings), *zip(*jobs, strict=True)):
+            yield from parts
+
+
+def _work(settings: ReferenceEval, family: str, length: int) -> list[list[Answer]]:
+    """Do one job in a process of its own, on its share of the cores."""
+    import torch
+
+    from kv_retract.engine.models import load_model
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // settings.workers))
+    loaded = load_model(settings.model, device=settings.device, dtype=settings.dtype)
+    return list(_answers_of(settings, family, length, loaded))
+
+
+def _answers_of(settings: ReferenceEval, family: str, length: int, loaded: LoadedModel) -> Iterator[list[Answer]]:
+    """Yield the answers about each trace of a family."""
+    from kv_retract.engine.hf import HFEngine
+    from kv_retract.training.corpus import generate
+    from kv_retract.training.encoding import RowEncoder
+
+    engine = HFEngine(loaded.model, max_tokens=8 * (length + 1024), name=loaded.name)
+    renderer, tokens = Renderer(loaded.tokenizer), RowEncoder(loaded.tokenizer).length
+    for number in range(settings.n):
+        sample = generate(
+            family, seed=settings.seed + number, length=length, split=settings.split,  # type: ignore[arg-type]
+            tokens=tokens, mentions=1.0,
+        )  # fmt: skip
+        yield list(answers_to(sample, number, engine, renderer, length, settings.max_probes))
 
 
 def answers_to(

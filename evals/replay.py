@@ -45,7 +45,7 @@ class ReplaySettings:
     """Erasers. The reference, `recompute`, runs in any case."""
     out: Path
     """Results folder; must not exist, or be empty."""
-    model: str = "random"
+    model: str = "reference"
     limit: int | None = None
     """Most traces to replay, problems not counted."""
     max_context: int | None = None

@@ -1,6 +1,6 @@
 """Take a tool result back: one session, one thread, one retraction, and what it cost.
 
-The model has seeded random weights, so its answers mean nothing; cache, edit and costs are real.
+The bundled model knows no fares, so its answers mean little; cache, edit and costs are real.
 """
 
 from kv_retract import KVRetractSession, Message, Retraction, SamplingParams, SpanRef, ToolCall
@@ -10,7 +10,7 @@ SHORT = SamplingParams(max_tokens=12)
 
 def main() -> None:
     """Answer, retract, answer."""
-    session = KVRetractSession.from_pretrained("random", eraser="shift")
+    session = KVRetractSession.from_pretrained(eraser="shift")
     thread = [
         Message("system", "You are a travel agent. Use the tools."),
         Message("user", "What does a flight to Oslo cost?"),

@@ -1,6 +1,6 @@
 """A LangChain agent that goes on from a recorded airline thread: a policy finds the results that went stale.
 
-The model has seeded random weights, so its answers mean nothing; what is found, edited and cached is real.
+The bundled model knows no airlines, so its answers mean little; what is found, edited and cached is real.
 """
 
 from pathlib import Path
@@ -25,9 +25,7 @@ def get_reservation_details(reservation_id: str) -> str:
 
 def main() -> None:
     """Feed the recorded thread in two parts and let the agent answer after each."""
-    session = KVRetractSession.from_pretrained(
-        "random", eraser="mask", policies=[SupersededToolResult(), ToolErrorRecovered()]
-    )
+    session = KVRetractSession.from_pretrained(eraser="mask", policies=[SupersededToolResult(), ToolErrorRecovered()])
     agent = create_agent(
         ChatKVRetract(session=session, max_tokens=16),
         tools=[get_reservation_details],

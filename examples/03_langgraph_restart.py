@@ -1,6 +1,6 @@
 """A hand-written graph on SQLite: a retraction survives the process, and a fork from before does not inherit it.
 
-The model has seeded random weights, so its answers mean nothing; what is kept and what is prefilled is real.
+The bundled model knows no seats, so its answers mean little; what is kept and what is prefilled is real.
 """
 
 import sqlite3
@@ -29,7 +29,7 @@ class State(TypedDict):
 def build(checkpoints: SqliteSaver, *, withdraw: str | None) -> tuple[KVRetractSession, Any]:
     """Return a session and a graph of two nodes: retract, then answer."""
     policies = [Explicit(match=withdraw, reason="the user took it back")] if withdraw else []
-    session = KVRetractSession.from_pretrained("random", policies=policies)
+    session = KVRetractSession.from_pretrained(policies=policies)
     model = ChatKVRetract(session=session, max_tokens=8)
     graph = StateGraph(State)
     graph.add_node("retract", retract_step(session, records_key="retractions"))

@@ -79,7 +79,7 @@ class KVRetractSession:
     @classmethod
     def from_pretrained(
         cls,
-        model: str = "random",
+        model: str = "reference",
         *,
         device: str = "cpu",
         dtype: str = "float32",

@@ -20,6 +20,7 @@ from kv_retract.cli.lists import describe
 from kv_retract.engine.models import MODELS
 from kv_retract.erasers import ERASERS
 from kv_retract.errors import KVRetractError
+from kv_retract.evals.narrate import ARMS
 from kv_retract.evals.replay import replay
 from kv_retract.policies import POLICIES
 from kv_retract.registry import Registry
@@ -107,7 +108,7 @@ def test_parameters_are_told_with_their_defaults():
     assert policies["tool_error"]["guarantee"] == "steered" and policies["superseded"]["same_arguments"] == "{}"
     assert policies["tool_error"]["error_pattern"].endswith("...")
     assert {part["name"]: part["parameters"] for part in describe(MODELS, hidden={"device", "dtype", "seed"})} == {
-        "random": {}, "random-256": {}
+        "random": {}, "random-256": {}, "reference": {}
     }  # fmt: skip
 
     def needs(x, y=2):
@@ -170,7 +171,7 @@ def test_replay_passes_every_option_on(kv_retract, traces, tmp_path, monkeypatch
     assert code == 0 and list(config["arms"]) == ["mask", "repair:tokens=3", "shift", "recompute"]
     assert config["policies"] == [{"name": "tool_error", "parameters": {"exclude": ["x", "y"]}}]
     values = ("limit", "max_context", "pool_tokens", "score_tokens", "seed", "dtype", "device", "model")
-    assert [config[key] for key in values] == [5, 400, 8000, 3, 7, "bfloat16", "cpu", "random"]
+    assert [config[key] for key in values] == [5, 400, 8000, 3, 7, "bfloat16", "cpu", "reference"]
     assert seen[0].paths == (traces,)
 
 
@@ -279,7 +280,10 @@ def test_ctrl_c_leaves_no_half_results(tmp_path):
     running.send_signal(signal.SIGINT)
     printed, told = running.communicate(timeout=120)
     assert running.returncode == 130 and printed == b""
-    assert told.decode() == "error: interrupted; no results were written\n"
+    assert (
+        told.decode()
+        == "error: interrupted: no results were written; a training run goes on from its newest checkpoint\n"
+    )
     assert list(out.parent.iterdir()) == []
 
 
@@ -290,14 +294,15 @@ def test_interrupts_in_the_middle_of_the_work(kv_retract, tmp_path, traces, monk
         raise error
 
     monkeypatch.setattr("kv_retract.evals.walk.Walker.walk", interrupt)
-    told = "error: interrupted; no results were written\n"
+    told = "error: interrupted: no results were written; a training run goes on from its newest checkpoint\n"
     assert kv_retract("replay", traces, "--out", tmp_path / "runs" / "out", "--json") == (130, "", told)
     assert list((tmp_path / "runs").iterdir()) == []
 
 
-def test_the_demo_needs_a_model_and_tells_its_run(kv_retract):
-    code, text, err = kv_retract("demo")
-    assert code == 2 and "--model" in err and not text
-    code, text, err = kv_retract("demo", "--model", "random")
-    assert code == 0 and "is retracted" in text and "Note: seeded random weights" in text
-    assert all(f" {arm} " in text for arm in ("none", "mask", "recompute"))
+def test_the_demo_tells_a_run_in_which_the_answer_changes(kv_retract):
+    code, text, _ = kv_retract("demo")
+    assert code == 0 and "is retracted" in text and "Note: a small model" in text
+    answers = {arm: next(line for line in text.splitlines() if line.split()[:1] == [arm]) for arm in ARMS}
+    assert "leaks" in answers["none"] and "right" in answers["recompute"] and answers["mask"]
+    code, text, _ = kv_retract("demo", "--model", "random")
+    assert code == 0 and "Note: seeded random weights" in text

@@ -37,9 +37,9 @@ def process(*arguments):
     [
         (("corpus",), ("--out", "--family", "--length", "--seed", "--n", "--split", "--json")),
         (("train",), ("reference",)),
-        (("train", "reference"), ("--out", "--config", "--device", "--minutes", "--json")),
+        (("train", "reference"), ("--out", "--config", "--device", "--compile", "--minutes", "--json")),
         (("eval",), ("reference",)),
-        (("eval", "reference"), ("--out", "--model", "--family", "--length", "--n", "--split", "--dtype", "--json")),
+        (("eval", "reference"), ("--out", "--model", "--family", "--length", "--n", "--split", "--workers", "--json")),
     ],
 )
 def test_help(command, told):
@@ -76,7 +76,7 @@ def test_a_run_is_stopped_resumed_and_measured(kv_retract, config, tmp_path):
     train = ("train", "reference", "--config", config, "--out", out)
     code, text, err = kv_retract(*train, "--minutes", 0)
     assert (code, err) == (0, "") and text == "1 of 3 steps, stopped; the same command goes on\n"
-    assert sorted(p.name for p in out.iterdir()) == ["config.json", "state.pt"]
+    assert sorted(p.name for p in out.iterdir()) == ["config.json", "loss.svg", "state.pt"]
     code, text, _ = kv_retract(*train, "--json")
     assert code == 0 and json.loads(text) == {"out": str(out), "steps": 3, "finished": True}
     assert {p.name for p in (out / "model").iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}

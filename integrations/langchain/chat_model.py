@@ -58,7 +58,7 @@ class ChatKVRetract(BaseChatModel):
     Tool choices other than `auto` and response formats are enforced while decoding, by a grammar.
 
     Example:
-        >>> session = KVRetractSession.from_pretrained("random")
+        >>> session = KVRetractSession.from_pretrained()
         >>> ChatKVRetract(session=session, thread_id="trip-42").invoke("Cheapest flight to Oslo?")
 
     Raises:
@@ -67,7 +67,7 @@ class ChatKVRetract(BaseChatModel):
 
     model_config = ConfigDict(populate_by_name=True, arbitrary_types_allowed=True, protected_namespaces=())
 
-    model_name: str = Field(default="random", alias="model")
+    model_name: str = Field(default="reference", alias="model")
     """Registered name or directory; with a session, the name of its model."""
     device: str = "cpu"
     """For the session that is made here."""

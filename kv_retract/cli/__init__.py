@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated, NoReturn
 
@@ -52,6 +53,7 @@ def options(version: Annotated[bool, typer.Option("--version", help="Print the v
 
 def main() -> None:
     """Run the command line; the entry point. Whatever the caller can get wrong is told in one line."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of loading weights; commands have bars of their own
     try:
         code = app(standalone_mode=False)
     except KVRetractError as error:
@@ -65,7 +67,7 @@ def main() -> None:
     except typer.Abort:  # what some releases of typer make of Ctrl-C
         code = _INTERRUPTED
     if code == _INTERRUPTED:
-        _fail("interrupted; no results were written", _INTERRUPTED)
+        _fail("interrupted: no results were written; a training run goes on from its newest checkpoint", _INTERRUPTED)
     sys.exit(code or 0)
 
 

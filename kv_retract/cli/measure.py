@@ -38,7 +38,7 @@ def replay(
     paths: Traces,
     policy: Policies = None,
     arm: Arms = None,
-    model: Model = "random",
+    model: Model = "reference",
     out: ResultsFolder = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Most traces to replay.")] = None,
     max_context: Annotated[int | None, typer.Option(min=1, help="Longest context of a step, in tokens.")] = None,
@@ -113,7 +113,7 @@ def bench_edit(
 
 
 def eval_reference(
-    model: Model,
+    model: Model = "reference",
     out: Annotated[
         Path | None, typer.Option(help="Folder for results, which must be new. Default: runs/eval-TIME.")
     ] = None,
@@ -122,6 +122,7 @@ def eval_reference(
         list[int] | None, typer.Option(help="Tokens of the traces; repeatable. Default: 256, 1024, 2048.")
     ] = None,
     n: Annotated[int, typer.Option("--n", min=1, help="Traces per family and length.")] = 24,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that share the work.")] = 1,
     split: SplitOption = "test",
     seed: Annotated[int, typer.Option(min=0, help="Of the first trace.")] = 0,
     device: Device = "cpu",
@@ -137,7 +138,7 @@ def eval_reference(
     out = out or Path("runs") / f"eval-{now()}"
     settings = ReferenceEval(
         out=out, model=model, families=tuple(family or ()), lengths=tuple(length or LENGTHS), n=n, split=split,
-        seed=seed, device=device, dtype=dtype.value,
+        seed=seed, device=device, dtype=dtype.value, workers=workers,
     )  # fmt: skip
     with progress_bar("traces") as tick:
         metrics = run(settings, progress=tick)
@@ -147,7 +148,7 @@ def eval_reference(
         print_reference(metrics, console())
 
 
-def demo(model: Model, device: Device = "cpu", dtype: DtypeOption = Dtype.FLOAT32) -> None:
+def demo(model: Model = "reference", device: Device = "cpu", dtype: DtypeOption = Dtype.FLOAT32) -> None:
     """Tell one agent run: a tool result arrives, is contradicted, is retracted, and the next answer changes."""
     from ..engine.hf import HFEngine
     from ..engine.models import load_model

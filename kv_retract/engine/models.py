@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,12 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from ..errors import DeviceError, UnknownNameError, UnsupportedModelError
-from ..reference import TOKENIZER_DIR
+from ..reference import MODEL_DIR, TOKENIZER_DIR
 from ..registry import Registry
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _RANDOM_NOTE = "seeded random weights: quality figures mean nothing"
+_REFERENCE_NOTE = "a small model trained on the bundled corpus: quality figures hold for such threads only"
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,13 +107,19 @@ def _load_directory(path: Path, device: str, dtype: str) -> LoadedModel:
 
 
 def load_reference_tokenizer() -> Any:
-    """Return the bundled byte-level BPE tokenizer: 4096 entries, ChatML turns, Hermes tool calls."""
+    """Return the byte-level BPE tokenizer of the random models: 4096 entries, ChatML turns, Hermes tool calls."""
     return AutoTokenizer.from_pretrained(TOKENIZER_DIR, local_files_only=True)
+
+
+@MODELS.register("reference")
+def reference_model(*, device: str = "cpu", dtype: str = "float32", seed: int = 0) -> LoadedModel:
+    """Load the bundled model, the default: trained on the corpus of retractable traces (kv_retract/reference/model)."""
+    return replace(_load_directory(MODEL_DIR, device, dtype), name="reference", quality_note=_REFERENCE_NOTE)
 
 
 @MODELS.register("random")
 def random_model(*, device: str = "cpu", dtype: str = "float32", seed: int = 0) -> LoadedModel:
-    """Draw the default model: 4 layers, 128 wide, 1.3 M random parameters, the same for the same seed."""
+    """Draw a model: 4 layers, 128 wide, 1.3 M random parameters, the same for the same seed."""
     return _random("random", 128, device, dtype, seed)
 
 

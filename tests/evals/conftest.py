@@ -16,7 +16,7 @@ def make_settings():
     """Settings of a small replay; arms and policies as on the command line."""
 
     def make(*paths, out, policies=("tool_error", "superseded"), arms=("none", "mask"), **kw):
-        kw.setdefault("score_tokens", 8)
+        kw = {"score_tokens": 8, "model": "random", **kw}
         return ReplaySettings(
             paths=tuple(paths), policies=tuple(parse_specs(policies)), arms=tuple(parse_specs(arms)), out=out, **kw
         )

@@ -18,9 +18,10 @@ def block(name, body=""):
 
 
 def test_the_readme_says_what_the_results_say():
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert with_tables(page, RESULTS) == page, "run `python -m kv_retract.evals.readme README.md`"
-    assert [name for name in TABLES if block(name).partition("\n")[0] in page], "no table is marked in it"
+    pages = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "evals/results/README.md")]
+    assert [with_tables(page, RESULTS) for page in pages] == pages, "run `make tables`"
+    for name in TABLES:
+        assert any(block(name).partition("\n")[0] in page for page in pages), f"{name} is marked in none"
 
 
 def test_results_of_the_project_name_no_place():
@@ -72,6 +73,42 @@ def test_figures_of_the_replay(results, sample_run):
         for shown, column in zip(cell[1:], columns, strict=True):
             assert float(shown) == pytest.approx(row[column], rel=0.006)
     assert "2 recorded airline threads" in page and "5 spans retracted (`tool_error` 3, `superseded` 2)" in page
+
+
+def cell(family, kind, arm, n, accuracy, leak=None, length=256, se=0.1):
+    return {
+        "family": family, "kind": kind, "length": length, "arm": arm, "n": n, "accuracy": accuracy, "accuracy_se": se,
+        "leak": leak, "leak_se": None if leak is None else se,
+    }  # fmt: skip
+
+
+def reference_results(second_length):
+    arms = {"none": 0.9, "mask": 0.5, "recompute": 0.0}
+    rows = [cell("facts", "clean", "clean", 10, 1.0), cell("documents", "clean", "clean", 10, 0.2)]
+    rows.append(cell("facts", "clean", "clean", 30, second_length, length=512))
+    rows += [cell("facts", "tool_result", arm, 10, 0.1, leak, se=None) for arm, leak in arms.items()]
+    rows += [cell("facts", "tool_result", arm, 30, 0.1, leak / 3, length=512, se=None) for arm, leak in arms.items()]
+    config = {"families": ["facts", "documents"], "lengths": [256, 512], "split": "train", "n": 4, "model": "m"}
+    return {"config": {**config, "num_parameters": 3_300_000, "dtype": "float32"}, "rows": rows}
+
+
+def test_figures_of_the_reference_model(tmp_path):
+    (tmp_path / "reference").mkdir()
+    for second, told in ((0.7, "below 80 % from 512 tokens on"), (0.9, "80 % or more at every length")):
+        (tmp_path / "reference" / "metrics.json").write_text(json.dumps(reference_results(second)))
+        page = with_tables(block("reference"), tmp_path)
+        found = rows(page)
+        assert found[0] == ["family", "256", "512"]
+        assert found[1] == ["`facts`", "1.00 ± 0.10", f"{second:.2f} ± 0.10"]
+        assert found[2] == ["`documents`", "0.20 ± 0.10", "–"], "nothing was measured there"
+        assert found[3] == ["all but `documents`", *found[1][1:]]
+        assert told in page and "3.3 M" in page
+        assert found[-1] == ["`facts`", "tool result", "40", "0.45", "0.25", "0.00"], "weighted by answers"
+
+
+def test_standard_errors_of_pooled_rows():
+    parts = [cell("facts", "clean", "clean", 10, 1.0, se=0.3), cell("facts", "clean", "clean", 30, 0.5, se=0.1)]
+    assert readme._pooled(parts, "accuracy") == f"0.62 ± {(3**2 + 3**2) ** 0.5 / 40:.2f}"
 
 
 def test_a_table_that_nobody_knows(results):

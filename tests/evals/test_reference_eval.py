@@ -13,7 +13,7 @@ from kv_retract.errors import OutputExistsError, UnknownNameError
 from kv_retract.evals import reference as module
 from kv_retract.evals.console import print_reference
 from kv_retract.evals.reference import ARMS, COLUMNS, MAX_ANSWER, Answer, ReferenceEval, eval_reference, reference_rows
-from kv_retract.reference import CORPUS_TOKENIZER_DIR
+from kv_retract.reference import MODEL_DIR
 from kv_retract.training.corpus import CorpusError, generate
 from kv_retract.training.encoding import RowEncoder
 from kv_retract.training.families import FAMILIES
@@ -34,7 +34,7 @@ TINY = ReferenceConfig(
 def model_folder(tmp_path_factory):
     """A Qwen3 with random weights and the bundled tokenizer, as transformers saves it."""
     folder = tmp_path_factory.mktemp("model") / "tiny"
-    tokenizer = AutoTokenizer.from_pretrained(CORPUS_TOKENIZER_DIR, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR, local_files_only=True)
     model = new_model(
         TINY, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
@@ -101,6 +101,15 @@ def test_the_same_seed_gives_the_same_answers(tiny_run, settings):
     assert (settings().out / "samples.jsonl").read_text() == "".join(
         line for line in (tiny_run[0] / "samples.jsonl").read_text().splitlines(keepends=True) if '"facts"' in line
     )
+
+
+def test_the_number_of_processes_changes_nothing(tiny_run, settings):
+    ticks = []
+    shared = eval_reference(
+        settings(families=("preferences", "facts"), workers=2), progress=lambda done, total: ticks.append((done, total))
+    )
+    assert shared["rows"] == tiny_run[1]["rows"] and ticks == tiny_run[2]
+    assert (settings().out / "samples.jsonl").read_text() == (tiny_run[0] / "samples.jsonl").read_text()
 
 
 # -- scripted answers -----------------------------------------------------------------------------------------------
@@ -211,7 +220,7 @@ def test_rows_by_hand():
 
 
 def test_right_answers_fit_in_the_longest_answer():
-    tokens = RowEncoder(AutoTokenizer.from_pretrained(CORPUS_TOKENIZER_DIR, local_files_only=True)).length
+    tokens = RowEncoder(AutoTokenizer.from_pretrained(MODEL_DIR, local_files_only=True)).length
     longest = 0
     for family in FAMILIES.names():
         for seed in range(150):
