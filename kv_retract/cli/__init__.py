@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Annotated, NoReturn
 
@@ -53,7 +52,6 @@ def options(version: Annotated[bool, typer.Option("--version", help="Print the v
 
 def main() -> None:
     """Run the command line; the entry point. Whatever the caller can get wrong is told in one line."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of loading weights; commands have bars of their own
     try:
         code = app(standalone_mode=False)
     except KVRetractError as error:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers.utils import logging as hf_logging
 
 from ..errors import DeviceError, UnknownNameError, UnsupportedModelError
 from ..reference import MODEL_DIR, TOKENIZER_DIR
@@ -114,7 +115,14 @@ def load_reference_tokenizer() -> Any:
 @MODELS.register("reference")
 def reference_model(*, device: str = "cpu", dtype: str = "float32", seed: int = 0) -> LoadedModel:
     """Load the bundled model, the default: trained on the corpus of retractable traces (kv_retract/reference/model)."""
-    return replace(_load_directory(MODEL_DIR, device, dtype), name="reference", quality_note=_REFERENCE_NOTE)
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()  # a bar for milliseconds
+    try:
+        loaded = _load_directory(MODEL_DIR, device, dtype)
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
+    return replace(loaded, name="reference", quality_note=_REFERENCE_NOTE)
 
 
 @MODELS.register("random")
