@@ -14,6 +14,7 @@ from kv_retract.ledger.render import Renderer
 from kv_retract.planner import Planner
 from kv_retract.policies import Explicit
 from kv_retract.session import KVRetractSession
+from kv_retract.training.threads import function_tool
 from kv_retract.types import Message, SamplingParams, ToolCall
 
 from .excerpts import visible
@@ -26,16 +27,7 @@ if TYPE_CHECKING:
 ARMS = ("none", "mask", "recompute")
 FLIGHT, FIRST, SECOND = "Kel-42", "Mar", "Sol"
 QUESTION = f"What is the gate of flight {FLIGHT}?"
-TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": "get_gate",
-            "description": "Look up the gate.",
-            "parameters": {"type": "object", "properties": {"flight": {"type": "string"}}, "required": ["flight"]},
-        },
-    }
-]
+TOOLS = [function_tool("get_gate", "flight", "the gate")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import cache
 from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
@@ -158,11 +159,16 @@ def _work(settings: ReferenceEval, family: str, length: int) -> list[list[Answer
     """Do one job in a process of its own, on its share of the cores."""
     import torch
 
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // settings.workers))
+    return list(_answers_of(settings, family, length, _loaded(settings.model, settings.device, settings.dtype)))
+
+
+@cache
+def _loaded(model: str, device: str, dtype: str) -> LoadedModel:
+    """Load a model once in a process that does several jobs."""
     from kv_retract.engine.models import load_model
 
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // settings.workers))
-    loaded = load_model(settings.model, device=settings.device, dtype=settings.dtype)
-    return list(_answers_of(settings, family, length, loaded))
+    return load_model(model, device=device, dtype=dtype)
 
 
 def _answers_of(settings: ReferenceEval, family: str, length: int, loaded: LoadedModel) -> Iterator[list[Answer]]:

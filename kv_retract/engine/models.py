@@ -56,7 +56,7 @@ def load_model(name_or_path: str, *, device: str = "cpu", dtype: str = "float32"
         DeviceError: torch does not know the device, or it is not there.
         ValueError: the dtype is not supported.
     """
-    _check_device(device)
+    check_device(device)
     if dtype not in _DTYPES:
         raise ValueError(f"expected dtype float32 or bfloat16, got {dtype!r}; quantised weights cannot be edited")
     if name_or_path in MODELS.names():
@@ -70,7 +70,8 @@ def load_model(name_or_path: str, *, device: str = "cpu", dtype: str = "float32"
     return _load_directory(path, device, dtype)
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Raise DeviceError where torch does not know a device, or cannot use it here."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # as builds of torch without CUDA raise them

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,16 +166,10 @@ def choose_spans(sample: CorpusSample, rng: random.Random, *, share: float) -> s
     return chosen
 
 
-def _notes(sample: CorpusSample, span_ids: Iterable[str]) -> list[int]:
+def _notes(sample: CorpusSample, span_ids: Set[str]) -> list[int]:
     """Return the messages where notes on some spans can be: the first of all, and later ones that name a subject."""
-    spans = [sample.span(span_id) for span_id in span_ids]
-    own = {span.ref.message for span in spans}
-    return [
-        index
-        for index, message in enumerate(sample.messages)
-        if index == 0
-        or (index not in own and any(index > span.ref.message and span.subject in message.content for span in spans))
-    ]
+    own = {sample.span(span_id).ref.message for span_id in span_ids}
+    return sorted({0}.union(*(sample.mentions(span_id) for span_id in span_ids)) - own)
 
 
 def _complement(intervals: Sequence[Interval], length: int) -> list[Interval]:

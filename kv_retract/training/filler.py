@@ -36,13 +36,6 @@ def filler(writer: Writer) -> Block:
 
 def _errand(writer: Writer) -> Block:
     city, degrees = writer.names.word(), writer.rng.randrange(-20, 40)
-    call = writer.call("get_weather", {"city": city})
     sky = writer.rng.choice(("clear", "cloudy", "rain", "snow", "fog"))
-    return Block(
-        (
-            Message("user", f"What is the weather in {city}?"),
-            Message("assistant", tool_calls=(call,)),
-            Message("tool", json.dumps({"sky": sky, "degrees": degrees}), tool_call_id=call.id, name="get_weather"),
-            Message("assistant", f"It is {degrees} degrees there, {sky}."),
-        )
-    )
+    result, reply = json.dumps({"sky": sky, "degrees": degrees}), f"It is {degrees} degrees there, {sky}."
+    return Block(writer.exchange(f"What is the weather in {city}?", "get_weather", {"city": city}, result, reply))

@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from ..errors import DeviceError
+from ..engine.models import check_device
 from ..reference import MODEL_DIR
 from .batches import Batch, batches, collate
 from .checkpoint import RunFolder
@@ -159,7 +159,7 @@ def train_reference(
         tokenizer: fast, with the bundled chat template; saved beside the weights. By default the bundled one.
         device: as torch names it.
         dtype: of the computation; weights are float32 while they are trained and saved in bfloat16.
-        compiled: use `torch.compile`, which needs a C++ compiler: about 1.5 times as fast after minutes of compiling.
+        compiled: use `torch.compile`, which needs a C++ compiler: slow to begin, then faster.
         seconds: stop with a checkpoint after so long; calling again goes on.
         validation: threads per family in a validation; 0: none.
         validate_every: steps between validations.
@@ -172,15 +172,13 @@ def train_reference(
         CheckpointError: the folder belongs to another configuration, or its state is damaged.
         DeviceError: torch does not know the device, or it is not there.
     """
+    check_device(device)
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(MODEL_DIR, local_files_only=True)
     encoder = RowEncoder(tokenizer)
     model = new_model(
         config, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
-    try:
-        model.to(device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # as builds of torch without CUDA raise them
-        raise DeviceError(f"expected a device that torch can use here (cpu, cuda), got {device!r}: {error}") from error
+    model.to(device)
     folder = RunFolder(out, config.to_json())
     decoder = torch.compile(model.model, dynamic=True) if compiled else None  # lengths differ from batch to batch
     accuracy = partial(

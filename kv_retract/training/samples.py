@@ -72,8 +72,13 @@ class CorpusSample:
 
     def mentioned_later(self, span_id: str) -> bool:
         """Whether a message behind a span names its subject, so that the model can have taken notes there."""
+        return bool(self.mentions(span_id))
+
+    def mentions(self, span_id: str) -> list[int]:
+        """Return the messages behind a span that name its subject."""
         span = self.span(span_id)
-        return any(span.subject in m.content for m in self.messages[span.ref.message + 1 :])
+        later = range(span.ref.message + 1, len(self.messages))
+        return [index for index in later if span.subject in self.messages[index].content]
 
     def to_json(self) -> dict[str, Any]:
         """Return one line of the corpus; `from_json` inverts it. `kv-retract replay` reads its messages."""

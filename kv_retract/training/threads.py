@@ -74,13 +74,19 @@ class Writer:
         return ToolCall(f"call_{self._calls}", tool, json.dumps(arguments))
 
     def look_up(self, what: str, tool: str, arguments: Mapping[str, str], result: str) -> tuple[Message, ...]:
-        """Return a user's request, the call, its result (index 2), and a reply that does not repeat the result."""
+        """Return the exchange in which something is looked up; the reply does not repeat the result."""
+        return self.exchange(self.say(ASK, what=what), tool, arguments, result, self.say(DONE))
+
+    def exchange(
+        self, request: str, tool: str, arguments: Mapping[str, str], result: str, reply: str
+    ) -> tuple[Message, ...]:
+        """Return a user's request, the call, its result (index 2), and the reply."""
         call = self.call(tool, arguments)
         return (
-            Message("user", self.say(ASK, what=what)),
+            Message("user", request),
             Message("assistant", tool_calls=(call,)),
             Message("tool", result, tool_call_id=call.id, name=tool),
-            Message("assistant", self.say(DONE)),
+            Message("assistant", reply),
         )
 
     def mention(self, subject: str) -> Block:

@@ -67,23 +67,8 @@ def train(
     Raises:
         CheckpointError: the folder's state is damaged, or that of another model.
     """
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-        ],
-        lr=config.learning_rate, betas=config.betas, fused=True,
-    )  # fmt: skip
-    done = 0
-    if (saved := folder.load()) is not None:
-        try:
-            restore(saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
-            done = saved["step"]
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise CheckpointError(
-                f"the state in {str(folder.path)!r} is not one of this model: {error}; remove it to begin anew"
-            ) from error
+    optimizer = _optimizer(parameters, config)
+    done = _resume(folder, optimizer, restore)
     started = saved_at = time.monotonic()
     sums: dict[str, float] = {}
     summed = 0
@@ -113,6 +98,33 @@ def train(
             saved_at = time.monotonic()
         if out_of_time:
             break
+    return done
+
+
+def _optimizer(parameters: list[torch.nn.Parameter], config: LoopConfig) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        lr=config.learning_rate, betas=config.betas, fused=True,
+    )  # fmt: skip
+
+
+def _resume(
+    folder: RunFolder, optimizer: torch.optim.Optimizer, restore: Callable[[Mapping[str, torch.Tensor]], object]
+) -> int:
+    """Take back the folder's state, where there is one; return the steps done."""
+    if (saved := folder.load()) is None:
+        return 0
+    try:
+        restore(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        done: int = saved["step"]
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"the state in {str(folder.path)!r} is not one of this model: {error}; remove it to begin anew"
+        ) from error
     return done
 
 

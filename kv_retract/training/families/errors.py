@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-from ...types import Message
 from ..samples import UNKNOWN, Probe
 from ..threads import Block, Draft, Mark, Writer, function_tool
 from .base import FAMILIES
@@ -54,11 +53,6 @@ def errors(writer: Writer) -> Draft:
 
 
 def _attempt(writer: Writer, name: str, result: str, span: str, kind: str) -> Block:
-    call = writer.call("book", {"booking": name.split()[-1]})
-    messages = (
-        Message("user", writer.say(_TRY, name=f"the {name}")),
-        Message("assistant", tool_calls=(call,)),
-        Message("tool", result, tool_call_id=call.id, name="book"),
-        Message("assistant", writer.say(_HEARD)),
-    )
+    request, arguments = writer.say(_TRY, name=f"the {name}"), {"booking": name.split()[-1]}
+    messages = writer.exchange(request, "book", arguments, result, writer.say(_HEARD))
     return Block(messages, (Mark(span, kind, name, 2),), (f"the {name}",))
