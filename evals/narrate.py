@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from kv_retract.erasers import ERASERS
+from kv_retract.errors import EraserMismatchError
 from kv_retract.ledger.render import Renderer
 from kv_retract.planner import Planner
 from kv_retract.policies import Explicit
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from kv_retract.engine.hf import HFEngine
     from kv_retract.engine.models import LoadedModel
 
-ARMS = ("none", "mask", "recompute")
+ARMS = ("none", "mask", "kveraser", "recompute")
 FLIGHT, FIRST, SECOND = "Kel-42", "Mar", "Sol"
 QUESTION = f"What is the gate of flight {FLIGHT}?"
 TOOLS = [function_tool("get_gate", "flight", "the gate")]
@@ -57,7 +58,7 @@ def story() -> list[Message]:
         Message("system", "You are an agent with tools. Keep your answers to one short sentence."),
         Message("user", f"Please look up the gate of flight {FLIGHT}."),
         *reading("call_1", FIRST, "I have looked that up."),
-        Message("user", f"Could you find out the gate of flight {FLIGHT}?"),
+        Message("user", f"Look up the gate of flight {FLIGHT}, please."),
         *reading("call_2", SECOND, "Done, I have it now."),
         Message("user", f"Keep flight {FLIGHT} in mind."),
         Message("assistant", f"Yes, flight {FLIGHT} is on my list."),
@@ -65,7 +66,7 @@ def story() -> list[Message]:
 
 
 def run_story(loaded: LoadedModel, engine: HFEngine) -> list[Outcome]:
-    """Play the story under every arm."""
+    """Play the story under every arm; the learned eraser is left out on a model that it does not belong to."""
     renderer = Renderer(loaded.tokenizer)
     outcomes = []
     for arm in ARMS:
@@ -76,7 +77,10 @@ def run_story(loaded: LoadedModel, engine: HFEngine) -> list[Outcome]:
         before = _ask(session, thread)
         policy = Explicit(tool_call_ids=("call_2",), reason="the second reading came from a broken display")
         session.policies = (policy,)
-        after = _ask(session, thread)
+        try:
+            after = _ask(session, thread)
+        except EraserMismatchError:
+            continue
         erased = session.last_erase("story")
         assert erased is not None, "the second reading was retracted"
         outcomes.append(

@@ -7,6 +7,8 @@ at the end (prefill, decode) or scattered in the middle (erasers that recompute 
 from __future__ import annotations
 
 import inspect
+from functools import cached_property
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -54,16 +56,33 @@ class WorkingSet:
             setattr(self, name, new)
 
 
+def fingerprint_of(model: Any) -> str:
+    """Return a short digest of a model's weights: the name, shape and some values of each, as bfloat16.
+
+    The same for the same checkpoint in float32 and in bfloat16, on any device.
+    """
+    digest = sha256()
+    for name, tensor in model.state_dict().items():
+        flat = tensor.detach().flatten()
+        some = flat[:: max(1, len(flat) // 64)].to("cpu", torch.bfloat16)
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(some.contiguous().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 class ModelRunner:
     """Runs a transformers decoder over a working set; the only place that calls the model."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        parameters = inspect.signature(model.forward).parameters
-        # transformers 5.24 renamed the argument and deprecates the old name.
-        self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
-        self._keeps_logits = "logits_to_keep" in parameters
+        self._cache_argument = cache_argument_of(model)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.num_layers = int(model.config.num_hidden_layers)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the weights; see `fingerprint_of`."""
+        return fingerprint_of(self.model)
 
     @torch.inference_mode()
     def forward(
@@ -73,19 +92,21 @@ class ModelRunner:
         positions: IntArray,
         rows: IntArray,
         *,
+        visible: torch.Tensor | None = None,
         num_logits: int = 1,
         stop_layer: int | None = None,
     ) -> torch.Tensor | None:
         """Run tokens through the model and write their KV into `rows` of the working set.
 
-        Each token attends to all rows up to its own. Rows ascend; those at or past `working.length` extend it and
-        must be consecutive.
+        Each token attends to all rows up to its own, or to those that `visible` says. Rows ascend; those at or past
+        `working.length` extend it and must be consecutive.
 
         Args:
             working: attended to and written.
             ids: Shape: (n,)
             positions: rotary positions. Shape: (n,)
             rows: where their KV goes. Shape: (n,)
+            visible: which rows each token sees. Shape: (n, rows in use), bool
             num_logits: return logits of so many last tokens.
             stop_layer: stop once this layer has written its KV (attention of it not computed); no logits then.
 
@@ -102,8 +123,9 @@ class ModelRunner:
             kwargs["logits_to_keep"] = num_logits
         from_start = int(rows[0]) == 0 and end == n
         last_only = n == 1 and int(rows[0]) == end - 1
-        if not (from_start or last_only):
-            kwargs["attention_mask"] = _mask(where, end, working.k.dtype)
+        if visible is not None or not (from_start or last_only):
+            seen = torch.arange(end, device=device)[None] <= where[:, None] if visible is None else visible.to(device)
+            kwargs["attention_mask"] = additive_mask(seen, working.k.dtype)[None, None]
         try:
             output = self.model(
                 input_ids=torch.from_numpy(np.ascontiguousarray(ids))[None].to(device),
@@ -159,8 +181,12 @@ class _WorkingLayer(CacheLayerMixin):
         return -1
 
 
-def _mask(rows: torch.Tensor, end: int, dtype: torch.dtype) -> torch.Tensor:
-    """Additive mask: a token sees all rows up to its own. Shape: (1, 1, len(rows), end)."""
-    hidden = torch.arange(end, device=rows.device)[None] > rows[:, None]
-    mask = torch.zeros(hidden.shape, dtype=dtype, device=rows.device)
-    return mask.masked_fill_(hidden, torch.finfo(dtype).min)[None, None]
+def cache_argument_of(model: Any) -> str:
+    """Return how a model's forward pass calls its cache: transformers 5.24 renamed it and deprecates the old name."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def additive_mask(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return a mask to add to attention scores: 0 where `seen`, else the lowest number. Shape as `seen`."""
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return mask.masked_fill_(~seen, torch.finfo(dtype).min)

@@ -8,11 +8,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+import numpy as np
 import torch
 
+from ..engine.working import additive_mask
 from .config import ReferenceConfig
 from .corpus import generate, training_families
-from .encoding import Row, RowEncoder, choose_spans
+from .encoding import IntArray, Row, RowEncoder, choose_spans
 
 GROUP = 4
 """Batches whose rows are drawn together and sorted by length."""
@@ -35,19 +37,29 @@ class Batch:
 
     def mask(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Return `visible` as an additive mask of the same shape."""
-        zeros = torch.zeros(self.visible.shape, dtype=dtype, device=device)
-        return zeros.masked_fill_(~self.visible.to(device), torch.finfo(dtype).min)
+        return additive_mask(self.visible.to(device), dtype)
 
 
-def batches(config: ReferenceConfig, encoder: RowEncoder, *, start: int = 0) -> Iterator[Batch]:
-    """Yield the batches of training from step `start` on; each depends on the configuration and its step only."""
+def batches(
+    config: ReferenceConfig, encoder: RowEncoder, *, texts: Sequence[IntArray] = (), start: int = 0
+) -> Iterator[Batch]:
+    """Yield the batches of training from step `start` on; each depends on the configuration, the texts and its step.
+
+    Args:
+        config: of the run.
+        encoder: of the model's tokenizer.
+        texts: token ids of real texts, of which `config.real_share` of the rows are pieces.
+        start: first step.
+    """
     for group in range(start // GROUP, -(-config.steps // GROUP)):
         rng = random.Random(f"{config.seed}/{group}")
-        made = _group(config, encoder, rng, group * GROUP / config.steps)
+        made = _group(config, encoder, rng, texts, group * GROUP / config.steps)
         yield from made[max(0, start - group * GROUP) : config.steps - group * GROUP]
 
 
-def _group(config: ReferenceConfig, encoder: RowEncoder, rng: random.Random, progress: float) -> list[Batch]:
+def _group(
+    config: ReferenceConfig, encoder: RowEncoder, rng: random.Random, texts: Sequence[IntArray], progress: float
+) -> list[Batch]:
     """Return batches of rows of about the same length, so that little is padding, in random order."""
     longest = max(length for begin, length in config.lengths if progress >= begin)
     length = max(96, int(longest * rng.choice((0.4, 0.6, 0.8, 1.0, 1.0))))
@@ -58,6 +70,10 @@ def _group(config: ReferenceConfig, encoder: RowEncoder, rng: random.Random, pro
     rows: list[Row] = []
     tokens = 0
     while tokens < GROUP * config.batch_tokens or len(rows) < GROUP:
+        if texts and rng.random() < config.real_share:
+            rows.append(_piece(texts, length, rng))
+            tokens += len(rows[-1].ids)
+            continue
         sample = generate(
             rng.choice(config.families or training_families()), seed=rng.randrange(10**9), length=length,
             tokens=encoder.length, size=size, mentions=rng.choice((0.5, 0.8, 1.0)),
@@ -75,6 +91,14 @@ def _group(config: ReferenceConfig, encoder: RowEncoder, rng: random.Random, pro
     made = [collate(part, rng, text_share=config.text_share, text_weight=text_weight) for part in _parts(rows, tokens)]
     rng.shuffle(made)
     return made
+
+
+def _piece(texts: Sequence[IntArray], length: int, rng: random.Random) -> Row:
+    """Return a piece of a text, every token of all texts as likely to be in it; shorter where the text is."""
+    text = rng.choices(texts, weights=[len(text) for text in texts])[0]
+    start = rng.randrange(max(1, len(text) - length + 1))
+    ids = text[start : start + length]
+    return Row(ids, np.zeros(len(ids), np.bool_), np.full(len(ids), -1))
 
 
 def _parts(rows: Sequence[Row], tokens: int) -> list[Sequence[Row]]:

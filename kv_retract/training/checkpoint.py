@@ -83,5 +83,10 @@ class RunFolder:
 
     def entries(self) -> list[dict[str, Any]]:
         """Return the log."""
-        file = self.path / LOG
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+        return read_log(self.path)
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Return the log of the run in a folder; empty where there is none."""
+    file = path / LOG
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import KVRetractError
 from .corpus import training_families
 from .wiring import BACK
+
+T = TypeVar("T")
 
 
 class ConfigError(KVRetractError, ValueError):
@@ -34,7 +37,7 @@ class ReferenceConfig:
     batch_tokens: int = 4096
     """Tokens of a batch, padding not counted."""
     lengths: tuple[tuple[float, int], ...] = (
-        (0.0, 160), (0.1, 256), (0.25, 384), (0.45, 512), (0.65, 1024), (0.85, 2048),
+        (0.0, 160), (0.1, 256), (0.25, 384), (0.45, 512), (0.65, 1024), (0.85, 2048), (0.94, 4096),
     )  # fmt: skip
     """Curriculum: from this share of the steps on, threads are up to so many tokens long."""
     learning_rate: float = 5e-4
@@ -57,6 +60,10 @@ class ReferenceConfig:
     """Probability of each span to be cut out."""
     families: tuple[str, ...] = ()
     """What to train on. None: all families but the held-out one."""
+    real_share: float = 0.1
+    """Share of the rows that are pieces of real text, where there is some."""
+    text_digest: str = ""
+    """Of the real text (`texts.digest_of`); filled in when a run begins, and checked when it goes on."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -83,9 +90,8 @@ class ReferenceConfig:
             raise ConfigError(f"expected families of {', '.join(training_families())}, got {', '.join(unknown)}")
 
     def to_json(self) -> dict[str, Any]:
-        """Return all fields; `families` only where some are named, since older runs know no such field."""
-        data = asdict(self)
-        return data if self.families else {name: value for name, value in data.items() if name != "families"}
+        """Return all fields."""
+        return asdict(self)
 
 
 def read_config(path: Path | None) -> ReferenceConfig:
@@ -94,14 +100,25 @@ def read_config(path: Path | None) -> ReferenceConfig:
     Raises:
         ConfigError: the file cannot be read, or a field is unknown or impossible.
     """
-    if path is None:
-        return ReferenceConfig()
+    return read_json_config(ReferenceConfig, path)
+
+
+def read_json_config(kind: Callable[..., T], path: Path | None, given: Mapping[str, Any] | None = None) -> T:
+    """Read a configuration of a kind from a JSON file; what is given goes before it. None: the defaults.
+
+    Raises:
+        ConfigError: the file cannot be read, or a field is unknown or impossible.
+    """
+    given = given or {}
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8")) if path is not None else {}
         if "lengths" in data:
             data["lengths"] = tuple((float(begin), int(length)) for begin, length in data["lengths"])
         if "families" in data:
             data["families"] = tuple(data["families"])
-        return ReferenceConfig(**data)
+        return kind(**{**data, **given})
     except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"expected a JSON object with fields of ReferenceConfig in {str(path)!r}: {error}") from error
+        place = f" in {str(path)!r}" if path is not None else ""
+        raise ConfigError(
+            f"expected a JSON object with fields of {getattr(kind, '__name__', kind)}{place}: {error}"
+        ) from error

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,8 +59,34 @@ class RowEncoder:
         self._backend = tokenizer.backend_tokenizer
 
     def length(self, text: str) -> int:
-        """Return the tokens of a text."""
-        return len(self._backend.encode(text, add_special_tokens=False).ids)
+        """Return how many tokens a text has."""
+        return len(self.ids(text))
+
+    def ids(self, text: str) -> IntArray:
+        """Return the tokens of a text; shape: (num_tokens,)."""
+        return np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+
+    def thread(
+        self, sample: CorpusSample, *, with_tools: bool = True
+    ) -> tuple[IntArray, Callable[[SpanRef], Interval]]:
+        """Return the tokens of a thread, and what tells the tokens of a place in it."""
+        text, at = thread_text(sample.messages, sample.tools if with_tools else ())
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        starts = np.array([start for start, _ in encoding.offsets])
+        ends = np.array([end for _, end in encoding.offsets])
+
+        def tokens_of(ref: SpanRef) -> Interval:
+            begin = at[ref.message]
+            length = len(sample.messages[ref.message].content)
+            first, last = begin + ref.start, begin + (length if ref.end is None else ref.end)
+            return int(np.searchsorted(ends, first, side="right")), int(np.searchsorted(starts, last, side="left"))
+
+        return np.array(encoding.ids, dtype=np.int64), tokens_of
+
+    def probe(self, question: str, answer: str) -> tuple[IntArray, IntArray]:
+        """Return the tokens of a question with the generation prompt, and those of its answer."""
+        asked, told = probe_text(question, answer)
+        return self.ids(asked), self.ids(told)
 
     def encode(
         self,
@@ -84,18 +110,7 @@ class RowEncoder:
             with_tools: whether the tools are listed in the first turn.
         """
         removed, hidden = set(removed), set(hidden)
-        text, at = thread_text(sample.messages, sample.tools if with_tools else ())
-        encoding = self._backend.encode(text, add_special_tokens=False)
-        ids = np.array(encoding.ids, dtype=np.int64)
-        starts = np.array([start for start, _ in encoding.offsets])
-        ends = np.array([end for _, end in encoding.offsets])
-
-        def tokens_of(ref: SpanRef) -> Interval:
-            begin = at[ref.message]
-            length = len(sample.messages[ref.message].content)
-            first, last = begin + ref.start, begin + (length if ref.end is None else ref.end)
-            return int(np.searchsorted(ends, first, side="right")), int(np.searchsorted(starts, last, side="left"))
-
+        ids, tokens_of = self.thread(sample, with_tools=with_tools)
         where = {span.span_id: tokens_of(span.ref) for span in sample.spans}
         keep = np.ones(len(ids), dtype=np.bool_)
         for span_id in removed:
@@ -105,9 +120,8 @@ class RowEncoder:
         parts, answers, owners = [ids], [np.zeros(len(ids), np.bool_)], [np.full(len(ids), -1)]
         blind = []
         for number, probe in enumerate(probes):
-            question, answer = probe_text(probe.question, _answer(probe, removed))
-            asked, told = (self._backend.encode(part, add_special_tokens=False).ids for part in (question, answer))
-            parts.append(np.array([*asked, *told], dtype=np.int64))
+            asked, told = self.probe(probe.question, answer_without(probe, removed))
+            parts.append(np.concatenate([asked, told]))
             answers.append(np.repeat([False, True], [len(asked), len(told)]))
             owners.append(np.full(len(asked) + len(told), number))
             spans = hidden & set(probe.without)
@@ -178,7 +192,8 @@ def _complement(intervals: Sequence[Interval], length: int) -> list[Interval]:
     return [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]
 
 
-def _answer(probe: Probe, removed: set[str]) -> str:
+def answer_without(probe: Probe, removed: Set[str]) -> str:
+    """Return the right answer once some spans are taken back, of which at most one affects the probe."""
     changed = [probe.without[span_id] for span_id in removed if span_id in probe.without]
     assert len(changed) <= 1, "spans that are removed together affect different probes"
     return changed[0] if changed else probe.answer

@@ -1,6 +1,7 @@
-"""Names and values that no model has seen: pools too large to memorise, the same for the same random generator.
+"""Names and values: pools too large to memorise what belongs to what, the same for the same random generator.
 
-Words are built of syllables. One in ten, told by a hash, belongs to the `test` split and never occurs in training.
+Words are built of syllables. One word or code in ten, told by a hash, belongs to the `test` split and never occurs in
+training. Values are single syllables, the same of both splits: a small model says no token that was never an answer.
 """
 
 from __future__ import annotations
@@ -49,10 +50,10 @@ class Names:
         raise RuntimeError("the pool of words is exhausted")
 
     def tag(self) -> str:
-        """Return a new short value: one syllable, a single token of the bundled tokenizer."""
+        """Return a new short value, of any split: one syllable, a single token of the bundled tokenizer."""
         for _ in range(10_000):
             tag = self._rng.choice(FIRST)
-            if split_of(tag) == self._split and tag not in self._seen and tag != "For":  # with which sentences begin
+            if tag not in self._seen and tag != "For":  # with which sentences begin
                 self._seen.add(tag)
                 return tag
         raise RuntimeError("the pool of tags is exhausted")

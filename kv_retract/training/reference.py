@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from .checkpoint import RunFolder
 from .config import ReferenceConfig
 from .corpus import generate, training_families
 from .encoding import RowEncoder
+from .families import FAMILIES
 from .names import Split
+from .texts import check_texts
 from .trainer import LoopConfig, train
 from .wiring import wire_induction
 
@@ -58,6 +61,8 @@ def loss_of(
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """Return the loss of a batch and its parts: cross entropy of answers and text, share of right answer tokens.
 
+    What a batch has no tokens of is not among the parts.
+
     Args:
         model: a `Qwen3ForCausalLM`.
         batch: rows.
@@ -71,16 +76,20 @@ def loss_of(
         hidden = (model.model if decoder is None else decoder)(
             ids, attention_mask=mask, use_cache=False
         ).last_hidden_state
-        parts = {}
-        for name, chosen in (("answer", batch.answer), ("text", batch.text)):
+        total = hidden.sum() * 0.0  # for a batch that has nothing to predict
+        parts: dict[str, float] = {}
+        for name, chosen, weight in (("answer", batch.answer, 1.0), ("text", batch.text, batch.text_weight)):
             at = chosen.to(device).nonzero(as_tuple=True)
+            if not len(at[0]):
+                continue
             logits = model.lm_head(hidden[at[0], at[1] - 1]).float()
             target = ids[at]
-            parts[name] = cross_entropy(logits, target) if len(target) else logits.sum()  # the mean of none is NaN
+            loss = cross_entropy(logits, target)
+            total = total + weight * loss
+            parts[name] = float(loss.detach())
             if name == "answer":
-                right = float((logits.argmax(-1) == target).float().mean())
-    total = parts["answer"] + batch.text_weight * parts["text"]
-    return total, {"answer": float(parts["answer"].detach()), "text": float(parts["text"].detach()), "right": right}
+                parts["right"] = float((logits.argmax(-1) == target).float().mean())
+    return total, parts
 
 
 @torch.inference_mode()
@@ -143,6 +152,7 @@ def train_reference(
     out: Path,
     *,
     tokenizer: Any = None,
+    texts: Sequence[str] = (),
     device: str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     compiled: bool = False,
@@ -157,6 +167,7 @@ def train_reference(
         config: shape and training; a folder belongs to one configuration.
         out: folder of the run: `config.json`, `log.jsonl` (losses and validation), `state.pt`, `model/`.
         tokenizer: fast, with the bundled chat template; saved beside the weights. By default the bundled one.
+        texts: real text, of which some of the rows are pieces; a run goes on with the same texts only.
         device: as torch names it.
         dtype: of the computation; weights are float32 while they are trained and saved in bfloat16.
         compiled: use `torch.compile`, which needs a C++ compiler: slow to begin, then faster.
@@ -170,11 +181,14 @@ def train_reference(
 
     Raises:
         CheckpointError: the folder belongs to another configuration, or its state is damaged.
+        TextError: the configuration was used with other texts.
         DeviceError: torch does not know the device, or it is not there.
     """
     check_device(device)
+    config = replace(config, text_digest=check_texts(texts, config.text_digest))
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(MODEL_DIR, local_files_only=True)
     encoder = RowEncoder(tokenizer)
+    pieces = [encoder.ids(text) for text in texts]
     model = new_model(
         config, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
@@ -186,11 +200,12 @@ def train_reference(
     )
 
     def validate(step: int) -> dict[str, Any]:
-        return {"clean": accuracy(), "notes": accuracy(hidden=True), "test": accuracy(split="test")}
+        test = accuracy(split="test", families=config.families or FAMILIES.names())
+        return {"clean": accuracy(), "notes": accuracy(hidden=True), "test": test}
 
     done = train(
         list(model.parameters()),
-        lambda step: batches(config, encoder, start=step),
+        lambda step: batches(config, encoder, texts=pieces, start=step),
         lambda batch: loss_of(model, batch, dtype=dtype, decoder=decoder),
         LoopConfig(
             steps=config.steps, learning_rate=config.learning_rate, warmup=config.warmup,

@@ -25,12 +25,12 @@ SYSTEM = (
 ASK = (
     "Please look up {what}.",
     "Can you check {what} for me?",
-    "I need {what}.",
+    "Search for {what}.",
     "Look up {what}, please.",
-    "Find {what}.",
-    "Get me {what}, will you?",
+    "Find {what} in the records.",
+    "Go and check {what}.",
     "Would you look up {what}?",
-    "Could you find out {what}?",
+    "Could you check {what} in the records?",
 )
 DONE = (
     "I have looked that up.",
@@ -65,8 +65,18 @@ QUESTION = (
     "Which one is {what}?",
     "Do you know {what}?",
     "Can you tell me {what}?",
-    "Give me {what}, please.",
+    "What was {what} again?",
     "Now, what was {what}?",
-    "Please give me {what}.",
+    "Please tell me again, what is {what}?",
+)
+PAGE = (
+    "The file on {subject} was opened last spring.",
+    "Nobody has asked about {subject} for a while.",
+    "There are two copies of this page.",
+    "Further remarks on {subject} are kept elsewhere.",
+    "What follows was checked by hand.",
+    "The clerk who wrote this has retired.",
+    "Not much is known about {subject}.",
+    "Some of the notes on {subject} are older.",
 )
 ANSWER = "{What} is {value}."

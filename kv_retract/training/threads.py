@@ -17,6 +17,8 @@ TextLength = Callable[[str], int]
 """Tokens of a text; `characters // 4` where no tokenizer is at hand."""
 _TURN, _CALL = (5, 9), 13
 """Tokens that the chat template adds to a message (not of a tool, of a tool) and to a call."""
+RESULT = 2
+"""Which message of `Writer.exchange` is the tool's result."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,7 @@ class Writer:
     def exchange(
         self, request: str, tool: str, arguments: Mapping[str, str], result: str, reply: str
     ) -> tuple[Message, ...]:
-        """Return a user's request, the call, its result (index 2), and the reply."""
+        """Return a user's request, the call, its result (`RESULT`), and the reply."""
         call = self.call(tool, arguments)
         return (
             Message("user", request),

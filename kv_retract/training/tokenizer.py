@@ -13,11 +13,12 @@ from typing import Any
 
 from ..reference.build_tokenizer import run_program, train
 from .corpus import generate, training_families
+from .names import FIRST
 
 VOCAB_SIZE = 2048
 _ROLES = ("system", "user", "assistant", "tool")
-_ROLE_REPEATS = 5000
-"""Roles stand in every message but in no content; this makes them single tokens."""
+_REPEATS = 5000
+"""Roles stand in every message but in no content, and syllables are drawn evenly; this makes them single tokens."""
 _SHARE_OF_OTHERS = 4
 
 
@@ -37,11 +38,14 @@ def corpus_texts(num_traces: int, *, seed: int = 10**6, length: int = 300) -> It
             yield from (json.dumps(tool) for tool in sample.tools)
 
 
-def train_tokenizer(others: Iterable[str] = (), *, num_traces: int = 400) -> Any:
-    """Return a tokenizer of `VOCAB_SIZE` entries with the bundled chat template."""
+def train_tokenizer(others: Iterable[str] = (), *, num_traces: int = 40) -> Any:
+    """Return a tokenizer of `VOCAB_SIZE` entries with the bundled chat template.
+
+    Few traces: rarer words of the corpus stay in pieces, so that the model learns to copy words from their pieces.
+    """
     texts = sorted(others)
     random.Random(0).shuffle(texts)
-    texts = [*corpus_texts(num_traces), *texts[: len(texts) // _SHARE_OF_OTHERS], *(_ROLES * _ROLE_REPEATS)]
+    texts = [*corpus_texts(num_traces), *texts[: len(texts) // _SHARE_OF_OTHERS], *((*_ROLES, *FIRST) * _REPEATS)]
     return train(texts, vocab_size=VOCAB_SIZE, digits=2, split_names=True)
 
 

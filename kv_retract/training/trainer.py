@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import torch
 from .checkpoint import CheckpointError, RunFolder
 
 Step = Callable[[Any], tuple[torch.Tensor, Mapping[str, float]]]
-"""A batch to its loss and numbers for the log."""
+"""A batch to its loss and numbers for the log, which averages what it is given."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +44,7 @@ def train(
     restore: Callable[[Mapping[str, torch.Tensor]], object],
     validate: Callable[[int], Mapping[str, Any]] | None = None,
     validate_every: int = 500,
+    stop: Callable[[], bool] = lambda: False,
     seconds: float | None = None,
     progress: Callable[[int, int | None], None] = lambda done, total: None,
 ) -> int:
@@ -58,6 +60,7 @@ def train(
         restore: takes it back.
         validate: called with the step; what it returns goes into the log.
         validate_every: steps between validations.
+        stop: asked at the beginning and after each validation: whether to end before the last step.
         seconds: stop, with a checkpoint, after so long.
         progress: called with steps done and steps in all.
 
@@ -70,30 +73,31 @@ def train(
     optimizer = _optimizer(parameters, config)
     done = _resume(folder, optimizer, restore)
     started = saved_at = time.monotonic()
-    sums: dict[str, float] = {}
-    summed = 0
+    numbers_of: dict[str, list[float]] = {}
     source = batches(done)
-    while done < config.steps:
+    stopped = stop()
+    while done < config.steps and not stopped:
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * schedule(done, config.steps, config.warmup)
         for _ in range(config.accumulate):
             loss, numbers = step_of(next(source))
             (loss / config.accumulate).backward()
             for name, value in numbers.items():
-                sums[name] = sums.get(name, 0.0) + value / config.accumulate
+                numbers_of.setdefault(name, []).append(value)
         torch.nn.utils.clip_grad_norm_(parameters, config.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        done, summed = done + 1, summed + 1
+        done += 1
         progress(done, config.steps)
         if done % config.log_every == 0:
-            means = {name: round(value / summed, 4) for name, value in sums.items()}
+            means = {name: round(fmean(values), 4) for name, values in numbers_of.items()}
             folder.log({"step": done, "seconds": round(time.monotonic() - started, 1), **means})
-            sums, summed = {}, 0
+            numbers_of = {}
         if validate is not None and (done % validate_every == 0 or done == config.steps):
             folder.log({"step": done, **validate(done)})
+            stopped = stop()
         out_of_time = seconds is not None and time.monotonic() - started > seconds
-        if done == config.steps or out_of_time or time.monotonic() - saved_at > config.save_seconds:
+        if done == config.steps or stopped or out_of_time or time.monotonic() - saved_at > config.save_seconds:
             folder.save({"model": dict(state()), "optimizer": optimizer.state_dict(), "step": done})
             saved_at = time.monotonic()
         if out_of_time:

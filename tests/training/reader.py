@@ -53,12 +53,12 @@ class Reader:
         if what.startswith("my preferred "):
             thing = what.removeprefix("my preferred ")
             return self._say(f"your preferred {thing}", self.preferred.get(thing))
-        if hops := re.fullmatch(r"the (manager|place of birth) of (the .*)", what):
-            middle = self.facts.get(hops[2])
-            second = f"the {hops[1]} of {middle}"
-            if second not in self.facts:
+        if hops := re.fullmatch(r"the ([a-z ]+) of (the .*)", what):
+            if (middle := self.facts.get(hops[2])) is None:
                 return UNKNOWN
-            return f"{self._say(hops[2], middle)[:-1]}, and {second} is {self.facts[second]}."
+            second = f"the {hops[1]} of {middle}"
+            known = f"{second} is {self.facts[second]}" if second in self.facts else f"I do not know {second}"
+            return f"{self._say(hops[2], middle)[:-1]}, and {known}."
         return self._say(what, self.lies.get(what, self.lies.get("everything", self.facts.get(what))))
 
     def _say(self, what, value):

@@ -93,6 +93,27 @@ def test_only_the_named_families(tiny, encoder, tokenizer):
     assert all("preferred" in tokenizer.decode(row) for batch in made for row in batch.ids)
 
 
+def test_a_share_of_the_rows_are_pieces_of_real_text(tiny, encoder):
+    texts = [np.arange(1000, 1400), np.arange(5, 45)]
+    config = tiny(steps=30 * GROUP, real_share=0.3, lengths=((0.0, 200),))
+    rows = [
+        batch.ids[i][batch.ids[i] != 0]
+        for batch in batches(config, encoder, texts=texts)
+        for i in range(len(batch.ids))
+    ]
+    pieces = [row for row in rows if (row.diff() == 1).all()]
+    assert len(pieces) / len(rows) == pytest.approx(0.3, abs=0.05)
+    assert all(len(piece) <= 200 and int(piece[0]) in {5, *range(1000, 1400)} for piece in pieces)
+    from_long = sum(int(piece[0]) >= 1000 for piece in pieces) / len(pieces)
+    assert from_long == pytest.approx(10 / 11, abs=0.08) and len({int(piece[0]) for piece in pieces}) > 20
+    assert not any(
+        b.answer[i].any()
+        for b in batches(config, encoder, texts=texts)
+        for i in range(len(b.ids))
+        if (b.ids[i][b.ids[i] != 0].diff() == 1).all()
+    )
+
+
 def test_collate_pads_on_the_right():
     rows = [row(10), row(4, probes=1, seed=1)]
     batch = together(rows, 0.5)

@@ -21,11 +21,6 @@ def test_a_configuration_survives_json(tmp_path):
     assert read_config(path) == ReferenceConfig(steps=7)
 
 
-def test_all_families_are_not_named():
-    assert "families" not in ReferenceConfig().to_json() and ReferenceConfig().to_json()["steps"] == 6000
-    assert ReferenceConfig(families=("facts",)).to_json()["families"] == ("facts",)
-
-
 @pytest.mark.parametrize(
     ("content", "told"),
     [

@@ -178,8 +178,8 @@ def all_text(sample):
 
 
 @each_case
-def test_words_belong_to_their_split(many, family, split):
-    words = {word for sample in many(family, split) for word in WORD.findall(all_text(sample))} - {"For"}
+def test_words_and_codes_belong_to_their_split(many, family, split):
+    words = {word for sample in many(family, split) for word in WORD.findall(all_text(sample))} - {*FIRST}
     assert len(words) > 200 and {split_of(word) for word in words} == {split}
 
 
@@ -323,6 +323,14 @@ def test_the_held_out_family_is_not_for_training():
     assert len(training_families()) == len(FAMILIES.names()) - 1 == 7
     with pytest.raises(CorpusError, match="held out.*split='test'"):
         generate(HELD_OUT, seed=0)
+
+
+def test_training_never_shows_the_pages_of_the_held_out_family(many):
+    module = sys.modules[FAMILIES.factory(HELD_OUT).__module__]
+    words = re.compile("|".join(re.escape(w).replace(r"\{name\}", ".+") for w in (*module._SHARE, *module._AROUND)))
+    assert all(words.search(all_text(sample)) for sample in many(HELD_OUT, "test"))
+    found = [s.sample_id for f in training_families() for s in many(f, "train") if words.search(all_text(s))]
+    assert not found
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,14 @@ def test_a_loss_is_finite_and_has_a_gradient(model, share):
     total, parts = loss(model, together([row(12)], share))
     total.backward()
     assert total.isfinite() and all(p.grad.isfinite().all() for p in model.parameters())
-    assert (parts["text"] == 0) == (share == 0)
+    assert ("text" in parts) == (share == 1) and parts["answer"] > 0
+    model.zero_grad()
+
+
+def test_a_batch_may_have_nothing_to_predict(model):
+    total, parts = loss(model, together([row(12, probes=0)], 0.0))
+    total.backward()
+    assert total.item() == 0 and parts == {}
     model.zero_grad()
 
 

@@ -1,6 +1,7 @@
 """Runs of the reference model: stopped and resumed bit by bit, what they leave in a folder, and that they learn."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ import torch
 from kv_retract.engine.models import load_model
 from kv_retract.errors import DeviceError
 from kv_retract.training.checkpoint import CheckpointError, RunFolder
+from kv_retract.training.config import read_config
 from kv_retract.training.reference import probe_accuracy, train_reference
+from kv_retract.training.texts import TextError, digest_of
 
 
 @pytest.fixture
@@ -86,10 +89,16 @@ def test_a_folder_belongs_to_one_configuration(run, tiny, tmp_path):
         run(tiny(seed=1), tmp_path / "run")
 
 
-def test_a_run_from_before_families_could_be_named_goes_on(run, tiny, tmp_path):
-    run(tiny(), tmp_path / "run", seconds=0.0)
-    assert "families" not in json.loads((tmp_path / "run" / "config.json").read_text())
-    assert run(tiny(), tmp_path / "run", seconds=0.0) == 2
+def test_a_run_goes_on_with_its_text_only(run, tiny, tmp_path):
+    texts = ["some text of people " * 50, "other text " * 80]
+    run(tiny(), tmp_path / "run", texts=texts, seconds=0.0)
+    config = read_config(tmp_path / "run" / "config.json")
+    assert config == replace(tiny(), text_digest=digest_of(texts))
+    assert run(config, tmp_path / "run", texts=texts, seconds=0.0) == 2
+    with pytest.raises(TextError, match="name the same files"):
+        run(config, tmp_path / "run", seconds=0.0)
+    with pytest.raises(CheckpointError, match="text_digest"):
+        run(tiny(), tmp_path / "run", texts=texts[::-1], seconds=0.0)
 
 
 def test_a_damaged_state(run, tiny, tmp_path):

@@ -9,7 +9,8 @@ from __future__ import annotations
 from ...types import Message
 from ..samples import Probe
 from ..threads import Block, Draft, Mark, Writer
-from .base import FAMILIES, sentence
+from ..topics import HOPS, draw_topic
+from .base import FAMILIES, sentence, two_hops
 
 _SHARE = ("Please read this:", "Here is a page:", "This may help:", "I found this text:", "Another document:")
 _READ = ("I have read it.", "Thank you, read.", "I have gone through it.", "Read.", "I know that page now.")
@@ -24,45 +25,45 @@ _AROUND = (
 
 @FAMILIES.register("documents")
 def documents(writer: Writer) -> Draft:
-    """Write films with directors and directors with places of birth, and a later page with a false director.
+    """Write things with people and people with home towns, and a later page that names a false person.
+
+    No model of the project is trained on pages that users share, on their wordings, or on questions of which a false
+    page changes the first hop. The attributes are those of the other families: a small model says no word that it
+    never said in training.
 
     Example:
-        user: Here is a page: ... The director of film Kel-42 is Tar. ... /
-        user: This may help: ... The place of birth of Tar is Sol. ... /
-        user: Another document: ... The director of film Kel-42 is Dor. ... /
-        user: What is the place of birth of the director of film Kel-42? /
-        assistant: The director of film Kel-42 is Dor, and the place of birth of Dor is Gren.
-        Without the last page: The director of film Kel-42 is Tar, and ... is Sol.
+        user: Here is a page: ... The author of book Kel-42 is Tar. ... /
+        user: This may help: ... The home town of Tar is Sol. ... /
+        user: Another document: ... The author of book Kel-42 is Dor. ... /
+        user: What is the home town of the author of book Kel-42? /
+        assistant: The author of book Kel-42 is Dor, and the home town of Dor is Gren.
+        Without the last page: The author of book Kel-42 is Tar, and ... is Sol.
     """
     draft = Draft()
     stories: list[list[Block]] = []
     for number in range(max(1, writer.size // 3)):
-        film, place, false_place = writer.names.code(), writer.names.tag(), writer.names.tag()
-        director, false = writer.names.tag(), writer.names.tag()
-        what = f"the director of film {film}"
-        birth, distractor = "the place of birth of {}", f"distractor-{number}"
+        topic, hop, name = draw_topic(writer.rng, person=True), writer.rng.choice(HOPS), writer.names.code()
+        what, subject = topic.what(name), topic.subject(name)
+        person, town, false, false_town = (writer.names.tag() for _ in range(4))
+        distractor = f"distractor-{number}"
         gold = [
-            _page(writer, sentence(what, director), f"film {film}"),
-            _page(writer, sentence(birth.format(director), place), director),
-            _page(writer, sentence(birth.format(false), false_place), false),
+            _page(writer, sentence(what, person), subject),
+            _page(writer, sentence(f"the {hop} of {person}", town), person),
+            _page(writer, sentence(f"the {hop} of {false}", false_town), false),
         ]
         writer.rng.shuffle(gold)
-        stories.append([*gold, _page(writer, sentence(what, false), f"film {film}", distractor)])
+        stories.append([*gold, _page(writer, sentence(what, false), subject, distractor)])
         one = Probe(
-            question=f"What is {what}?", answer=sentence(what, false), without={distractor: sentence(what, director)}
+            question=f"What is {what}?", answer=sentence(what, false), without={distractor: sentence(what, person)}
         )
         two = Probe(
-            question=f"What is the place of birth of {what}?",
-            answer=_both(what, false, false_place),
-            without={distractor: _both(what, director, place)},
+            question=f"What is the {hop} of {what}?",
+            answer=two_hops(what, false, hop, false_town),
+            without={distractor: two_hops(what, person, hop, town)},
         )
         draft.probes += [one, two]
     draft.blocks = writer.shuffled(stories)
     return draft
-
-
-def _both(what: str, director: str, place: str) -> str:
-    return sentence(what, director)[:-1] + f", and the place of birth of {director} is {place}."
 
 
 def _page(writer: Writer, fact: str, name: str, distractor: str = "") -> Block:

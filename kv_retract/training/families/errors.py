@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from ..samples import UNKNOWN, Probe
-from ..threads import Block, Draft, Mark, Writer, function_tool
+from ..threads import RESULT, Block, Draft, Mark, Writer, function_tool
 from .base import FAMILIES
 
 _TRY = ("Please book {name}.", "Book {name} for me.", "I want to book {name}.", "Go ahead with {name}.", "Try {name}.")
@@ -55,4 +55,4 @@ def errors(writer: Writer) -> Draft:
 def _attempt(writer: Writer, name: str, result: str, span: str, kind: str) -> Block:
     request, arguments = writer.say(_TRY, name=f"the {name}"), {"booking": name.split()[-1]}
     messages = writer.exchange(request, "book", arguments, result, writer.say(_HEARD))
-    return Block(messages, (Mark(span, kind, name, 2),), (f"the {name}",))
+    return Block(messages, (Mark(span, kind, name, RESULT),), (f"the {name}",))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ..threads import Draft, Writer, function_tool
-from .base import FAMILIES, TOPICS, draw, fact_block, probe
+from ..topics import draw_topic
+from .base import FAMILIES, fact_block, probe
 
 
 @FAMILIES.register("facts")
@@ -15,14 +16,14 @@ def facts(writer: Writer) -> Draft:
         tool: {"result": "The owner of order Kel-42 is Tal."} / ... / user: What is the owner of order Kel-42? /
         assistant: The owner of order Kel-42 is Tal. Without the result: I do not know.
     """
-    draft, used = Draft(), set()
+    draft, used = Draft(), []
     for number in range(writer.size):
-        topic, name = writer.rng.choice(TOPICS), writer.names.code()
-        value, span = draw(writer, topic), f"fact-{number}"
+        topic, name = draw_topic(writer.rng), writer.names.code()
+        value, span = writer.names.tag(), f"fact-{number}"
         draft.blocks.append(fact_block(writer, topic, name, value, span, "tool_result"))
         draft.probes.append(probe(writer, topic.what(name), value, {span: None}))
-        used.add(topic)
-    stranger = writer.rng.choice(TOPICS)
+        used.append(topic)
+    stranger = draw_topic(writer.rng)
     draft.probes.append(probe(writer, stranger.what(writer.names.code()), None, {}))
-    draft.tools = [function_tool(t.tool, t.entity, f"the {t.attribute}") for t in TOPICS if t in used][:2]
+    draft.tools = [function_tool(t.tool, t.entity, f"the {t.attribute}") for t in used[:2]]
     return draft

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ..threads import Block, Draft, Writer, function_tool
-from .base import FAMILIES, TOPICS, draw, fact_block, probe
+from ..topics import draw_topic
+from .base import FAMILIES, fact_block, probe
 
 
 @FAMILIES.register("updates")
@@ -19,8 +20,8 @@ def updates(writer: Writer) -> Draft:
     draft = Draft()
     readings: list[list[Block]] = []
     for number in range(max(1, writer.size // 2)):
-        topic, name = writer.rng.choice(TOPICS), writer.names.code()
-        old, new = draw(writer, topic), draw(writer, topic)
+        topic, name = draw_topic(writer.rng), writer.names.code()
+        old, new = writer.names.tag(), writer.names.tag()
         first, second = f"reading-{number}-1", f"reading-{number}-2"
         blocks = [fact_block(writer, topic, name, old, first, "tool_result")]
         if writer.rng.random() < 0.75:
