@@ -12,12 +12,16 @@ SAMPLE := examples/data/tau_bench_airline_sample.jsonl
 # One hundred trajectories, where they lie beside the checkout; the sample holds six of them.
 MORE ?= $(wildcard ../shared/data/tau_bench/airline_trajectories.jsonl)
 REPLAY = $(BIN)/kv-retract replay $(1) --policy tool_error --policy superseded \
-	--arm none --arm mask --arm shift --arm recompute --out $(2)
+	--arm none --arm mask --arm shift --arm kveraser --arm recompute --out $(2)
 
 # What the reference model answers on traces like those it was trained on, and with names and wordings it never saw.
 TRACES ?= 6
-EVAL = $(BIN)/kv-retract eval reference --split $(1) $(2) --n $(TRACES) --workers $(WORKERS) --out runs/results/$(3) && \
+DOCUMENTS ?= 20
+LENGTHS := --length 256 --length 1024 --length 2048 --length 4096
+LATENCY ?= --context 1024 --context 4096 --context 16384 --repeats 20
+EVAL = $(BIN)/kv-retract eval $(1) $(2) --workers $(WORKERS) --out runs/results/$(3) && \
 	mkdir -p evals/results/$(3) && cp runs/results/$(3)/metrics.json evals/results/$(3)/
+IN_DOMAIN := --task errors --task facts --task injections --task needles --task preferences --task relations --task updates
 
 # Models are never fetched: a test or a command that tried would fail at once.
 export HF_HUB_OFFLINE := 1
@@ -60,11 +64,17 @@ type: $(STAMP)  ## check types
 results: $(STAMP)  ## measure anew what the README's tables show; MORE names the trajectories
 	@test -n '$(MORE)' || { echo "name the file of 100 tau-bench trajectories: make results MORE=FILE"; exit 2; }
 	@rm -rf runs/results && $(BIN)/kv-retract bench edit --repeats 9 --out runs/results/bench-edit.json
-	@$(call REPLAY,$(MORE) --model random,runs/results/replay)
+	@$(call REPLAY,$(MORE),runs/results/replay)
 	@cp runs/results/bench-edit.json evals/results/
 	@cp runs/results/replay/metrics.json evals/results/replay-tau-bench/
-	@$(call EVAL,train,--length 256 --length 1024 --length 2048 --length 4096,reference)
-	@$(call EVAL,test,--length 256 --length 1024,reference-test)
+	@$(call EVAL,reference,--split train --n $(TRACES) $(LENGTHS),reference)
+	@$(call EVAL,reference,--split test --n $(TRACES) --length 256 --length 1024,reference-test)
+	@$(call EVAL,erasers,--split train $(IN_DOMAIN) --n $(TRACES) $(LENGTHS),erasers)
+	@$(call EVAL,erasers,--task documents --n $(DOCUMENTS) --length 512 --length 1024 --length 2048,erasers-documents)
+	@$(call EVAL,repeated,,repeated) && cp runs/results/repeated/repeated.svg evals/results/repeated/
+	@$(BIN)/kv-retract bench latency $(LATENCY) --out runs/results/latency.json
+	@$(BIN)/kv-retract bench shared --out runs/results/shared.json
+	@cp runs/results/latency.json runs/results/shared.json evals/results/
 	@$(MAKE) --no-print-directory tables
 
 tables: $(STAMP)  ## write the tables of the pages from evals/results

@@ -19,11 +19,12 @@ from kv_retract.errors import KVRetractError
 from .arms import REFERENCE, clock
 from .machine import describe_machine, versions
 from .progress import Progress, silent
-from .specs import Spec
+from .specs import Spec, arm_label
 from .stats import median, spread
 
 if TYPE_CHECKING:
     from kv_retract.engine.hf import HFEngine
+    from kv_retract.engine.models import LoadedModel
 
 NEXT_TOKENS = 16
 """Length of the message that the next step prefills."""
@@ -79,15 +80,12 @@ def bench_edit(settings: EditBench, *, progress: Progress = silent) -> dict[str,
             f"{start} on of {settings.context}, {settings.repeats} repetitions; pass a smaller --span or --depth"
         )
     specs = [spec for spec in settings.arms if spec.label != REFERENCE] + [Spec(REFERENCE)]
-    erasers = {spec.label: spec.create(ERASERS) for spec in specs}
+    made = [(spec, spec.create(ERASERS)) for spec in specs]
+    erasers = {arm_label(spec, eraser): eraser for spec, eraser in made}
     loaded = load_model(settings.model, device=settings.device, dtype=settings.dtype, seed=settings.seed)
     # Room for the copies that an edit of a shared thread would make.
     engine = HFEngine(loaded.model, max_tokens=3 * (settings.context + NEXT_TOKENS), name=loaded.name)
-    if settings.context + NEXT_TOKENS > engine.spec.max_positions:
-        raise BenchSettingError(
-            f"model {loaded.name!r} has {engine.spec.max_positions} positions, the thread needs "
-            f"{settings.context + NEXT_TOKENS}; pass a smaller --context"
-        )
+    _check_positions(loaded, settings.context)
     ids = np.random.default_rng(settings.seed).integers(0, engine.spec.vocab_size, settings.context + NEXT_TOKENS)
     timings = _time_arms(engine, ids, (start, start + settings.span), erasers, settings.repeats, progress)
     arms = {label: _summary(*times) for label, times in timings.items()}
@@ -110,6 +108,22 @@ def bench_edit(settings: EditBench, *, progress: Progress = silent) -> dict[str,
         "machine": describe_machine(settings.device),
         "versions": versions(),
     }
+
+
+def check_positions(model: str, context: int, *, device: str, dtype: str) -> None:
+    """Raise BenchSettingError where a thread of so many tokens, and a next step, do not fit into a model."""
+    from kv_retract.engine.models import load_model
+
+    _check_positions(load_model(model, device=device, dtype=dtype), context)
+
+
+def _check_positions(loaded: LoadedModel, context: int) -> None:
+    most: int = loaded.model.config.max_position_embeddings
+    if context + NEXT_TOKENS > most:
+        raise BenchSettingError(
+            f"model {loaded.name!r} has {most} positions, the thread needs {context + NEXT_TOKENS}; "
+            "pass a smaller --context or --prefix"
+        )
 
 
 def fork_page_fraction(engine: HFEngine, ids: IntArray) -> float:

@@ -87,6 +87,60 @@ def print_reference(metrics: Mapping[str, Any], console: Console) -> None:
     console.print(table)
 
 
+def print_erasers(metrics: Mapping[str, Any], console: Console) -> None:
+    """Print every arm by length, and what can be got back."""
+    config = metrics["config"]
+    console.print(
+        f"Model {config['model']}, split {config['split']}, {config['n']} traces per task and length; all together",
+        markup=False, highlight=False,
+    )  # fmt: skip
+    shares = ("affected_accuracy", "leak", "unaffected_accuracy", "kl", "top1")
+    costs = ("edit_ms_median", "next_step_ms_median", "tokens_recomputed")
+    table = _table("arm", "length", "n", *(name.replace("_", " ") for name in (*shares, *costs)))
+    for row in metrics["rows"]:
+        if row["task"] == row["span_length"] == row["depth"] == "all":
+            figures = [f"{number(row[name])} ± {number(row[f'{name}_se'])}" for name in shares]
+            cells = [str(row["length"]), str(row["n"]), *figures, *(number(row[name]) for name in costs)]
+            table.add_row(Text(row["arm"]), *cells)
+    console.print(table)
+    table = _table("arm", "n", "retracted answer likelier than a decoy", "retracted value extracted")
+    for row in metrics["extraction"]:
+        table.add_row(Text(row["arm"]), str(row["n"]), number(row["likelier"]), number(row["extracted"]))
+    console.print(table)
+
+
+def print_repeated(metrics: Mapping[str, Any], console: Console) -> None:
+    """Print every arm, mode and number of edits."""
+    names = ("affected_accuracy", "leak", "unaffected_accuracy", "kl", "top1")
+    table = _table("arm", "mode", "edits", "n", *(name.replace("_", " ") for name in names), "edits, ms")
+    for row in metrics["rows"]:
+        figures = [f"{number(row[name])} ± {number(row[f'{name}_se'])}" for name in names]
+        table.add_row(Text(row["arm"]), row["mode"], str(row["edits"]), str(row["n"]), *figures, number(row["edit_ms"]))
+    console.print(table)
+
+
+def print_latency(document: Mapping[str, Any], console: Console) -> None:
+    """Print every arm at every length and depth, and how its cost grows."""
+    table = _table("arm", "depth", "context", "edit, ms", "times as fast as recompute")
+    for row in document["rows"]:
+        cells = (number(row["depth"]), str(row["context"]), number(row["edit_ms"]), number(row["speedup"]))
+        table.add_row(Text(row["arm"]), *cells)
+    console.print(table)
+    table = _table("arm", "depth", "longest over shortest")
+    for row in document["growth"]:
+        table.add_row(Text(row["arm"]), number(row["depth"]), number(row["growth"]))
+    console.print(table)
+
+
+def print_shared(document: Mapping[str, Any], console: Console) -> None:
+    """Print what the edit cost the first thread and the others."""
+    names = ("first_ms", "next_ms_median", "all_ms", "tokens_written_first", "tokens_written_all", "tokens_in_use")
+    table = _table("arm", *(name.replace("_", " ") for name in names))
+    for arm, row in document["arms"].items():
+        table.add_row(Text(arm), *(number(row[name]) for name in names))
+    console.print(table)
+
+
 def print_parts(kind: str, parts: Iterable[Mapping[str, Any]], console: Console) -> None:
     """Print what a registry holds: `{"name", "summary", "parameters": {name: default}}`."""
     table = _table(kind, "what it does", "parameters", numbers=False)

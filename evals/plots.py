@@ -68,28 +68,59 @@ def cost_plot(samples: Sequence[Sample], arms: Sequence[str]) -> str:
     return _uri(_svg(draw, height=3.4))
 
 
-def loss_plot(entries: Sequence[Mapping[str, Any]]) -> bytes:
-    """Draw the log of a training run (`RunFolder.entries`): losses, and accuracy of the validations; an SVG file."""
+def loss_plot(
+    entries: Sequence[Mapping[str, Any]], *, losses: Mapping[str, str], shares: Sequence[str], share: str
+) -> bytes:
+    """Draw the log of a training run (`RunFolder.entries`) as an SVG file.
+
+    Args:
+        entries: of the log.
+        losses: entry to label, nats per token.
+        shares: what validations tell by family, 0 to 1; the mean is drawn.
+        share: what those are.
+    """
 
     def draw(axes: Any) -> None:
-        losses = [entry for entry in entries if "answer" in entry]
-        for number, (name, label) in enumerate((("answer", "loss of answers"), ("text", "loss of the text"))):
-            axes.plot([e["step"] for e in losses], [e[name] for e in losses], color=_COLORS[number], label=label)
+        for number, (name, label) in enumerate(losses.items()):
+            steps = [e["step"] for e in entries if name in e]
+            axes.plot(steps, [e[name] for e in entries if name in e], color=_COLORS[number], label=label)
         axes.set_yscale("log")
         axes.set_xlabel("step")
         axes.set_ylabel("nats per token")
         right = axes.twinx()
         right.set_ylim(0, 1.02)
-        right.set_ylabel("probes answered exactly")
-        for number, name in enumerate(("clean", "notes", "test"), start=2):
+        right.set_ylabel(share)
+        for number, name in enumerate(shares, start=2):
             points = [(e["step"], sum(e[name].values()) / len(e[name])) for e in entries if e.get(name)]
             if points:
-                steps, values = zip(*points, strict=True)
-                right.plot(steps, values, _MARKERS[number] + "--", color=_COLORS[number], markersize=4, label=name)
+                at, values = zip(*points, strict=True)
+                right.plot(at, values, _MARKERS[number] + "--", color=_COLORS[number], markersize=4, label=name)
         handles = [*axes.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
         axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 1.18), ncols=5, frameon=False)
 
     return _svg(draw, height=3.8)
+
+
+def repeated_plot(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Draw leak and unaffected accuracy against the number of edits, one after the other, by arm; an SVG file."""
+
+    def draw(axes: Any) -> None:
+        chosen = [row for row in rows if row["mode"] == "in turn"]
+        for number, arm in enumerate(dict.fromkeys(row["arm"] for row in chosen)):
+            mine = sorted((row for row in chosen if row["arm"] == arm), key=lambda row: row["edits"])
+            edits = [row["edits"] for row in mine]
+            look: dict[str, Any] = dict(
+                color=_COLORS[number % len(_COLORS)], marker=_MARKERS[number % len(_MARKERS)], markersize=4
+            )
+            axes.plot(edits, [row["unaffected_accuracy"] for row in mine], "-", label=arm, **look)
+            axes.plot(edits, [row["leak"] for row in mine], ":", **look)
+        axes.set_xscale("log", base=2)
+        axes.set_ylim(-0.02, 1.02)
+        axes.set_xlabel("retractions in the thread")
+        axes.set_ylabel("other facts told (lines), leak (dotted)")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.22), ncols=3, frameon=False)
+
+    return _svg(draw, height=4.2)
 
 
 def _uri(svg: bytes) -> str:

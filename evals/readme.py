@@ -15,6 +15,14 @@ from typing import Any
 from kv_retract.errors import KVRetractError
 from kv_retract.training.families import HELD_OUT
 
+from .eraser_tables import (
+    erasers_table,
+    extraction_table,
+    kinds_table,
+    latency_table,
+    repeated_table,
+    shared_table,
+)
 from .report import number
 
 _BLOCK = re.compile(r"(?P<begin><!-- table: (?P<name>[\w-]+) -->\n).*?(?P<end><!-- end of (?P=name) -->)", re.DOTALL)
@@ -154,6 +162,14 @@ TABLES: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "replay": ("replay-tau-bench/metrics.json", _replay),
     "reference": ("reference/metrics.json", _reference),
     "reference-test": ("reference-test/metrics.json", _reference),
+    "erasers": ("erasers/metrics.json", erasers_table),
+    "erasers-kinds": ("erasers/metrics.json", kinds_table),
+    "erasers-documents": ("erasers-documents/metrics.json", erasers_table),
+    "extraction": ("erasers/metrics.json", extraction_table),
+    "repeated": ("repeated/metrics.json", repeated_table),
+    "latency": ("latency.json", latency_table),
+    "latency-200m": ("latency-200m.json", latency_table),
+    "shared": ("shared.json", shared_table),
 }
 """Name to results file and writer."""
 

@@ -6,15 +6,10 @@ had the span, tell whether the model reads at all.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from functools import cache
-from itertools import repeat
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +19,7 @@ from kv_retract.planner import Planner
 from kv_retract.session import KVRetractSession
 from kv_retract.types import Message, Retraction, SamplingParams
 
+from .jobs import check_lengths, families_of, loaded_model, run_jobs
 from .machine import describe_machine, versions
 from .progress import Progress, silent
 from .results import results_folder, write_json, write_jsonl
@@ -31,7 +27,6 @@ from .stats import mean, standard_error
 
 if TYPE_CHECKING:
     from kv_retract.engine.hf import HFEngine
-    from kv_retract.engine.models import LoadedModel
     from kv_retract.training.samples import CorpusSample, Probe
 
 CLEAN = "clean"
@@ -105,19 +100,14 @@ def eval_reference(settings: ReferenceEval, *, progress: Progress = silent) -> d
         OutputExistsError: the results folder is there already.
         UnknownNameError: the model or a family has no such name.
     """
-    from kv_retract.engine.models import load_model
-    from kv_retract.training.corpus import training_families
-    from kv_retract.training.families import FAMILIES
-
-    families = settings.families or tuple(training_families() if settings.split == "train" else FAMILIES.names())
-    for family in families:
-        FAMILIES.factory(family)
+    families = families_of(settings.families, settings.split)
+    check_lengths(settings.model, settings.device, settings.dtype, settings.lengths)
     started = time.perf_counter()
     with results_folder(settings.out) as folder:
-        loaded = load_model(settings.model, device=settings.device, dtype=settings.dtype)
+        loaded = loaded_model(settings.model, settings.device, settings.dtype)
         jobs = [(family, length) for family in families for length in settings.lengths]
         answers: list[Answer] = []
-        for done, part in enumerate(_run(settings, jobs, loaded), start=1):
+        for done, part in enumerate(run_jobs(_answers_of, settings, jobs, settings.workers), start=1):
             answers += part
             progress(done, settings.n * len(jobs))
         config = {
@@ -143,40 +133,13 @@ def eval_reference(settings: ReferenceEval, *, progress: Progress = silent) -> d
     return metrics
 
 
-def _run(settings: ReferenceEval, jobs: Sequence[tuple[str, int]], loaded: LoadedModel) -> Iterator[list[Answer]]:
-    """Yield the answers about each trace, in the order of jobs whatever the number of processes."""
-    if settings.workers == 1:
-        for family, length in jobs:
-            yield from _answers_of(settings, family, length, loaded)
-        return
-    # Not forked: the threads of torch do not survive that.
-    with ProcessPoolExecutor(settings.workers, mp_context=get_context("spawn")) as pool:
-        for parts in pool.map(_work, repeat(settings), *zip(*jobs, strict=True)):
-            yield from parts
-
-
-def _work(settings: ReferenceEval, family: str, length: int) -> list[list[Answer]]:
-    """Do one job in a process of its own, on its share of the cores."""
-    import torch
-
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // settings.workers))
-    return list(_answers_of(settings, family, length, _loaded(settings.model, settings.device, settings.dtype)))
-
-
-@cache
-def _loaded(model: str, device: str, dtype: str) -> LoadedModel:
-    """Load a model once in a process that does several jobs."""
-    from kv_retract.engine.models import load_model
-
-    return load_model(model, device=device, dtype=dtype)
-
-
-def _answers_of(settings: ReferenceEval, family: str, length: int, loaded: LoadedModel) -> Iterator[list[Answer]]:
+def _answers_of(settings: ReferenceEval, family: str, length: int) -> Iterator[list[Answer]]:
     """Yield the answers about each trace of a family."""
     from kv_retract.engine.hf import HFEngine
     from kv_retract.training.corpus import generate
     from kv_retract.training.encoding import RowEncoder
 
+    loaded = loaded_model(settings.model, settings.device, settings.dtype)
     engine = HFEngine(loaded.model, max_tokens=8 * (length + 1024), name=loaded.name)
     renderer, tokens = Renderer(loaded.tokenizer), RowEncoder(loaded.tokenizer).length
     for number in range(settings.n):

@@ -50,6 +50,12 @@ class Spec:
             raise SpecError(f"cannot make {registry.kind} {self.label!r}: {error}") from error
 
 
+def arm_label(spec: Spec, made: object) -> str:
+    """Return how results call an arm: the spec, or the variant of an eraser that was loaded from a folder."""
+    variant = getattr(made, "variant", None)
+    return f"{spec.name}:variant={json.dumps(variant)}" if variant and "path" in spec.parameters else spec.label
+
+
 def parse_specs(texts: Iterable[str]) -> list[Spec]:
     """Parse specs; each text may hold several, joined by commas. Repeated ones are kept once.
 

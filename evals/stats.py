@@ -59,6 +59,32 @@ def standard_error(values: Sequence[float | None], clusters: Sequence[Hashable] 
     return float(np.sqrt(len(sums) / (len(sums) - 1) * (sums**2).sum()) / len(array))
 
 
+def paired_interval(
+    differences: Sequence[float], clusters: Sequence[Hashable], *, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float] | None:
+    """Return a bootstrap interval of 95 % for the mean of paired differences; None with fewer than two clusters.
+
+    Whole clusters are drawn again: samples of one trace are not independent.
+
+    Args:
+        differences: of two arms on the same sample.
+        clusters: for each, what it has in common with others.
+        resamples: how often to draw.
+        seed: of the draws.
+    """
+    sums: dict[Hashable, list[float]] = {}
+    for cluster, difference in zip(clusters, differences, strict=True):
+        part = sums.setdefault(cluster, [0.0, 0.0])
+        part[0] += difference
+        part[1] += 1
+    if len(sums) < 2:
+        return None
+    totals = np.array(list(sums.values()))
+    drawn = totals[np.random.default_rng(seed).integers(0, len(totals), (resamples, len(totals)))].sum(axis=1)
+    low, high = np.quantile(drawn[:, 0] / drawn[:, 1], [0.025, 0.975]).tolist()
+    return low, high
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spread:
     """Median of repeated timings and how far they lie apart; the unit is that of the values."""

@@ -17,6 +17,7 @@ def facts_of(eraser: Eraser) -> EraserFacts:
     return EraserFacts(
         eraser_id=eraser.eraser_id,
         closes_gap=eraser.closes_gap,
+        suffix_free=eraser.suffix_free,
         exact=eraser.exact,
         recomputed=lambda p, s, x: eraser.cost(EditShape(prefix=p, span=s, suffix=x)).recomputed,
     )

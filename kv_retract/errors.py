@@ -43,6 +43,10 @@ class UnsupportedModelError(KVRetractError, NotImplementedError):
     """The model has a mechanism that cannot be edited correctly."""
 
 
+class EraserMismatchError(KVRetractError, ValueError):
+    """A learned eraser is missing, damaged, or belongs to another model."""
+
+
 class PoolExhaustedError(KVRetractError, MemoryError):
     """The KV pool cannot hold the thread, even after eviction."""
 

@@ -20,6 +20,7 @@ class EraserFacts:
 
     eraser_id: str
     closes_gap: bool = False
+    suffix_free: bool = False
     exact: bool = False
     """Whether the edit equals a fresh prefill without the span."""
     recomputed: Callable[[int, int, int], int] = lambda prefix, span, suffix: 0
@@ -177,6 +178,7 @@ def _planned(place: Place, messages: Sequence[Message], thread_id: str, eraser: 
         thread_id=thread_id,
         eraser_id=eraser.eraser_id,
         closes_gap=eraser.closes_gap,
+        shared=eraser.suffix_free,
         exact=exact,
         now=now,
         span_tokens=place.end - place.start,

@@ -117,6 +117,7 @@ def _edit(record: RetractionRecord, start: int, end: int) -> KeyEdit:
         eraser_id=record.eraser_id,
         retraction_id=record.retraction_id,
         closes_gap=record.closes_gap,
+        shared=record.shared,
     )
 
 

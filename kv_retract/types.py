@@ -150,6 +150,8 @@ class RetractionRecord:
     """Eraser and its hyper-parameters, as in `Eraser.eraser_id`; part of the tombstones."""
     closes_gap: bool = False
     """Whether the edit moved the positions of what follows (`Eraser.closes_gap`)."""
+    shared: bool = False
+    """Whether other threads with the same beginning share the edit (`Eraser.suffix_free`)."""
     notice: str | None = None
     """Appended to the last message of the window when the thread is rendered."""
     created_at: str = ""

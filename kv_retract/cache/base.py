@@ -8,7 +8,8 @@ without KV: a hidden tombstone, invisible to attention.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ from ..types import Interval
 
 if TYPE_CHECKING:
     import torch
+
+    from .rope import Rotary
 
 IntArray = NDArray[np.int64]
 NO_SLOT = -1
@@ -166,8 +169,17 @@ class EditView(ABC):
 
     spans: Sequence[Interval]
     """The erased spans, in order, not overlapping, inside `[0, num_entries)`."""
+    rotary: Rotary
+    """How the model rotates its keys."""
+    device: str
+    """Where its KV is, as torch names it."""
     num_entries: int
     """Cached entries of the thread; entries past it are not cached and need no edit."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Of the model whose KV this is: learned erasers belong to one."""
 
     @property
     @abstractmethod
@@ -215,6 +227,18 @@ class EditView(ABC):
 
         Each attends to all visible entries before it, with what has been written so far, and to the recomputed
         tokens before it. Index ascending; spans and tombstones are refused with a SpanError.
+        """
+
+    @abstractmethod
+    def reencode(self, patch: Callable[[Any], AbstractContextManager[None]], *, sees_suffix: bool) -> None:
+        """Run the tokens of all erased spans through a patched model and overwrite their KV: steering states.
+
+        Each attends to the visible entries before it, steering states of earlier spans and its own span's earlier
+        tokens in place of what was there.
+
+        Args:
+            patch: takes the model; while its context is entered, the model's forward pass is another one.
+            sees_suffix: each token attends also to what follows, but for later tokens of erased spans.
         """
 
     @abstractmethod

@@ -2,7 +2,8 @@
 
 A tombstone id is negative, so it is outside of every vocabulary, can be recognised when it is cold, and must never
 reach an embedding. It is derived from the span's token ids, the eraser and the retraction, so the original text can
-no longer match and two threads never share a suffix that was computed under different spans.
+no longer match and two threads never share a suffix that was computed under different spans. Where what an eraser
+writes depends on nothing behind the span, the retraction is left out, and threads with the same beginning share it.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ class KeyEdit:
     retraction_id: str = ""
     closes_gap: bool = False
     """Whether what follows moved up by the span's length."""
+    shared: bool = False
+    """Whether the tombstones are the same in every thread that has the span there: the edit is shared."""
 
 
 def build_key(ids: IntArray, edits: Sequence[KeyEdit], *, extra_key: str = "") -> ThreadKey:
@@ -76,7 +79,8 @@ def build_key(ids: IntArray, edits: Sequence[KeyEdit], *, extra_key: str = "") -
         position += edit.start - at
         if not edit.exact:
             length = edit.end - edit.start
-            parts.append(tombstone_ids(ids[edit.start : edit.end], edit.eraser_id, edit.retraction_id))
+            retraction_id = "" if edit.shared else edit.retraction_id
+            parts.append(tombstone_ids(ids[edit.start : edit.end], edit.eraser_id, retraction_id))
             positions.append(np.full(length, position - 1) if edit.closes_gap else position + np.arange(length))
             position += 0 if edit.closes_gap else length
         at = edit.end

@@ -36,8 +36,13 @@ app.command()(make.corpus)
 for group, name in ((bench, "bench"), (evaluate, "eval"), (train, "train")):
     app.add_typer(group, name=name)
 bench.command("edit")(measure.bench_edit)
+bench.command("latency")(measure.bench_latency)
+bench.command("shared")(measure.bench_shared)
 evaluate.command("reference")(measure.eval_reference)
+evaluate.command("erasers")(measure.eval_erasers)
+evaluate.command("repeated")(measure.eval_repeated)
 train.command("reference")(make.train_reference)
+train.command("eraser")(make.train_eraser)
 
 
 @app.callback(invoke_without_command=True)

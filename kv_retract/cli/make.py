@@ -8,7 +8,11 @@ from typing import Annotated
 
 import typer
 
-from .common import Device, Json, SplitOption, console, progress_bar
+from .common import Device, Dtype, DtypeOption, Json, Model, SplitOption, console, progress_bar
+
+Texts = Annotated[
+    list[Path] | None, typer.Option(help="Trace file, folder of such, or text file to learn text from. Repeatable.")
+]
 
 
 def corpus(
@@ -36,6 +40,7 @@ def corpus(
 def train_reference(
     out: Annotated[Path, typer.Option(help="Folder of the run; the same folder resumes it.")],
     config: Annotated[Path | None, typer.Option(help="JSON file with fields of ReferenceConfig.")] = None,
+    text: Texts = None,
     device: Device = "cpu",
     compiled: Annotated[bool, typer.Option("--compile", help="Use torch.compile; needs a C++ compiler.")] = False,
     minutes: Annotated[float | None, typer.Option(min=0, help="Stop with a checkpoint after so long.")] = None,
@@ -46,16 +51,67 @@ def train_reference(
     Writes config.json, log.jsonl, loss.svg, state.pt and, once finished, the folder model.
     """
     from ..evals.plots import loss_plot
-    from ..training.checkpoint import RunFolder
+    from ..training.checkpoint import read_log
     from ..training.config import read_config
     from ..training.reference import train_reference as run
+    from ..training.texts import read_texts
 
     settings = read_config(config)
+    texts = read_texts(text or ())
     with progress_bar("steps") as tick:
-        done = run(settings, out, device=device, compiled=compiled, seconds=minutes and minutes * 60, progress=tick)
-    (out / "loss.svg").write_bytes(loss_plot(RunFolder(out, settings.to_json()).entries()))
+        done = run(
+            settings, out, texts=texts, device=device, compiled=compiled, seconds=minutes and minutes * 60,
+            progress=tick,
+        )  # fmt: skip
+    drawn = loss_plot(
+        read_log(out), losses={"answer": "loss of answers", "text": "loss of the text"},
+        shares=("clean", "notes", "test"), share="probes answered exactly",
+    )  # fmt: skip
+    (out / "loss.svg").write_bytes(drawn)
+    _tell(out, "model", done, settings.steps, as_json)
+
+
+def train_eraser(
+    out: Annotated[Path, typer.Option(help="Folder of the run; the same folder resumes it.")],
+    model: Model = "reference",
+    variant: Annotated[str | None, typer.Option(help="blind, suffix_aware or kv_map.")] = None,
+    stage: Annotated[str | None, typer.Option(help="pretrain, finetune or both.")] = None,
+    config: Annotated[Path | None, typer.Option(help="JSON file with fields of EraserTraining.")] = None,
+    text: Texts = None,
+    device: Device = "cpu",
+    dtype: DtypeOption = Dtype.BFLOAT16,
+    minutes: Annotated[float | None, typer.Option(min=0, help="Stop with a checkpoint after so long.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a learned eraser for a model, or go on with a run that was stopped.
+
+    Writes config.json, log.jsonl, loss.svg, state.pt and, once finished, the folder eraser.
+    """
+    from ..engine.models import load_model
+    from ..evals.plots import loss_plot
+    from ..training.checkpoint import read_log
+    from ..training.eraser import read_eraser_training
+    from ..training.eraser import train_eraser as run
+    from ..training.texts import read_texts
+
+    given = {name: value for name, value in (("variant", variant), ("stage", stage)) if value is not None}
+    settings = read_eraser_training(config, **given)
+    texts = read_texts(text or ())
+    loaded = load_model(model, device=device, dtype=dtype.value)
+    with progress_bar("steps") as tick:
+        done = run(loaded, settings, out, texts=texts, seconds=minutes and minutes * 60, progress=tick)
+    drawn = loss_plot(
+        read_log(out), losses={"kl": "KL to full recomputation"}, shares=("affected", "leak", "unaffected"),
+        share="probes of the validation",
+    )  # fmt: skip
+    (out / "loss.svg").write_bytes(drawn)
+    _tell(out, "eraser", done, settings.steps, as_json)
+
+
+def _tell(out: Path, name: str, done: int, steps: int, as_json: bool) -> None:
+    finished = (out / name).is_dir()
     if as_json:
-        print(json.dumps({"out": str(out), "steps": done, "finished": done == settings.steps}))
+        print(json.dumps({"out": str(out), "steps": done, "finished": finished}))
     else:
-        end = f"finished: {out / 'model'}" if done == settings.steps else "stopped; the same command goes on"
-        console().print(f"{done} of {settings.steps} steps, {end}", markup=False, highlight=False, soft_wrap=True)
+        end = f"finished: {out / name}" if finished else "stopped; the same command goes on"
+        console().print(f"{done} of {steps} steps, {end}", markup=False, highlight=False, soft_wrap=True)

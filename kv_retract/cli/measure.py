@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -92,24 +93,79 @@ def bench_edit(
     from ..evals.bench import EditBench
     from ..evals.bench import bench_edit as run
     from ..evals.console import print_bench
-    from ..evals.results import check_new, dump, write_new_json
     from ..evals.specs import parse_specs
 
-    if out is not None:
-        check_new(out)  # before minutes of work
     arms = {"arms": tuple(parse_specs(arm))} if arm else {}
     settings = EditBench(
         context=context, span=span, depth=depth, model=model, repeats=repeats, seed=seed, device=device,
         dtype=dtype.value, **arms,
     )  # fmt: skip
-    with progress_bar("edits") as tick:
-        document = run(settings, progress=tick)
-    if out is not None:
-        write_new_json(out, document)
-    if as_json:
-        print(dump(document))
-    else:
-        print_bench(document, console())
+    _bench(lambda tick: run(settings, progress=tick), print_bench, out, as_json)
+
+
+def bench_latency(
+    context: Annotated[
+        list[int] | None, typer.Option(min=2, help="Tokens of the thread; repeatable. Default: 1024, 4096, 16384.")
+    ] = None,
+    depth: Annotated[
+        list[float] | None, typer.Option(min=0, max=1, help="Where the span begins; repeatable. Default: 0.1, 0.5.")
+    ] = None,
+    span: Annotated[int, typer.Option(min=1, help="Tokens of the erased span.")] = 128,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option("--arm", "-a", help="Eraser; repeatable. Default: recompute, shift, repair and kveraser."),
+    ] = None,
+    model: Model = "reference",
+    repeats: Annotated[int, typer.Option(min=1, help="Repetitions that count; the median is reported.")] = 20,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: DtypeOption = Dtype.FLOAT32,
+    out: Annotated[Path | None, typer.Option(help="Also write the JSON document to this new file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time edits of threads of several lengths: how the cost grows, and how much faster than recomputation it is."""
+    from ..evals.console import print_latency
+    from ..evals.latency import LatencyBench
+    from ..evals.latency import bench_latency as run
+    from ..evals.specs import parse_specs
+
+    given: dict[str, tuple[Any, ...]] = {
+        "contexts": tuple(context or ()), "depths": tuple(depth or ()), "arms": tuple(parse_specs(arm or ())),
+    }  # fmt: skip
+    settings = LatencyBench(
+        span=span, model=model, repeats=repeats, seed=seed, device=device, dtype=dtype.value,
+        **{name: value for name, value in given.items() if value},
+    )  # fmt: skip
+    _bench(lambda tick: run(settings, progress=tick), print_latency, out, as_json)
+
+
+def bench_shared(
+    threads: Annotated[int, typer.Option(min=2, help="Threads that share the document.")] = 64,
+    prefix: Annotated[int, typer.Option(min=1, help="Tokens before the document.")] = 512,
+    span: Annotated[int, typer.Option(min=1, help="Tokens of the document.")] = 128,
+    suffix: Annotated[int, typer.Option(min=1, help="Tokens of each thread behind it.")] = 128,
+    arm: Annotated[
+        list[str] | None, typer.Option("--arm", "-a", help="Eraser; repeatable. Default: kveraser and recompute.")
+    ] = None,
+    model: Model = "reference",
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: DtypeOption = Dtype.FLOAT32,
+    out: Annotated[Path | None, typer.Option(help="Also write the JSON document to this new file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time the edit of one document that many threads share: of the first thread, and of each that follows."""
+    from ..evals.console import print_shared
+    from ..evals.shared import SharedBench
+    from ..evals.shared import bench_shared as run
+    from ..evals.specs import parse_specs
+
+    arms = {"arms": tuple(parse_specs(arm))} if arm else {}
+    settings = SharedBench(
+        threads=threads, prefix=prefix, span=span, suffix=suffix, model=model, seed=seed, device=device,
+        dtype=dtype.value, **arms,
+    )  # fmt: skip
+    _bench(lambda tick: run(settings, progress=tick), print_shared, out, as_json)
 
 
 def eval_reference(
@@ -148,6 +204,86 @@ def eval_reference(
         print_reference(metrics, console())
 
 
+def eval_erasers(
+    model: Model = "reference",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for results, which must be new. Default: runs/erasers-TIME.")
+    ] = None,
+    tasks: Annotated[list[str] | None, typer.Option("--task", help="Task family; repeatable. Default: all.")] = None,
+    length: Annotated[
+        list[int] | None, typer.Option(help="Tokens of the traces; repeatable. Default: 256, 1024, 2048.")
+    ] = None,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option("--arm", "-a", help="Eraser, also with parameters; repeatable. Default: all of the project's."),
+    ] = None,
+    n: Annotated[int, typer.Option("--n", min=1, help="Traces per task and length.")] = 12,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that share the work.")] = 1,
+    split: SplitOption = "test",
+    seed: Annotated[int, typer.Option(min=0, help="Of the first trace.")] = 0,
+    device: Device = "cpu",
+    dtype: DtypeOption = Dtype.FLOAT32,
+    as_json: Json = False,
+) -> None:
+    """Compare erasers on the corpus: what is still given, what is lost, what an edit costs, what can be got back."""
+    from ..evals.console import print_erasers
+    from ..evals.erasers import ARMS, LENGTHS, EraserEval
+    from ..evals.erasers import eval_erasers as run
+    from ..evals.results import dump
+    from ..evals.specs import parse_specs
+
+    settings = EraserEval(
+        out=out or Path("runs") / f"erasers-{now()}", model=model, tasks=tuple(tasks or ()),
+        lengths=tuple(length or LENGTHS), arms=tuple(parse_specs(arm)) if arm else ARMS, n=n, workers=workers,
+        split=split, seed=seed, device=device, dtype=dtype.value,
+    )  # fmt: skip
+    with progress_bar("traces") as tick:
+        metrics = run(settings, progress=tick)
+    if as_json:
+        print(dump(metrics))
+    else:
+        print_erasers(metrics, console())
+
+
+def eval_repeated(
+    model: Model = "reference",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for results, which must be new. Default: runs/repeated-TIME.")
+    ] = None,
+    edits: Annotated[
+        list[int] | None, typer.Option(min=1, help="Retractions in a thread; repeatable. Default: 1, 4, 16, 64.")
+    ] = None,
+    arm: Annotated[
+        list[str] | None, typer.Option("--arm", "-a", help="Eraser; repeatable. Default: mask, recompute, kveraser.")
+    ] = None,
+    n: Annotated[int, typer.Option("--n", min=1, help="Threads per number of retractions.")] = 4,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that share the work.")] = 1,
+    split: SplitOption = "test",
+    seed: Annotated[int, typer.Option(min=0, help="Of the first thread.")] = 0,
+    device: Device = "cpu",
+    dtype: DtypeOption = Dtype.FLOAT32,
+    as_json: Json = False,
+) -> None:
+    """Retract many facts of one thread, one after the other and at once, and see what is left of the others."""
+    from ..evals.console import print_repeated
+    from ..evals.repeated import ARMS, RepeatedEval
+    from ..evals.repeated import eval_repeated as run
+    from ..evals.results import dump
+    from ..evals.specs import parse_specs
+
+    settings = RepeatedEval(
+        out=out or Path("runs") / f"repeated-{now()}", model=model, edits=tuple(edits or (1, 4, 16, 64)), n=n,
+        arms=tuple(parse_specs(arm)) if arm else ARMS, split=split, seed=seed, device=device, dtype=dtype.value,
+        workers=workers,
+    )  # fmt: skip
+    with progress_bar("threads") as tick:
+        metrics = run(settings, progress=tick)
+    if as_json:
+        print(dump(metrics))
+    else:
+        print_repeated(metrics, console())
+
+
 def demo(model: Model = "reference", device: Device = "cpu", dtype: DtypeOption = Dtype.FLOAT32) -> None:
     """Tell one agent run: a tool result arrives, is contradicted, is retracted, and the next answer changes."""
     from ..engine.hf import HFEngine
@@ -157,3 +293,19 @@ def demo(model: Model = "reference", device: Device = "cpu", dtype: DtypeOption 
     loaded = load_model(model, device=device, dtype=dtype.value)
     engine = HFEngine(loaded.model, max_tokens=8192, name=loaded.name)
     tell(run_story(loaded, engine), loaded.quality_note, console())
+
+
+def _bench(run: Callable[[Any], Any], show: Callable[[Any, Any], None], out: Path | None, as_json: bool) -> None:
+    """Run a benchmark and write its document where it was asked for."""
+    from ..evals.results import check_new, dump, write_new_json
+
+    if out is not None:
+        check_new(out)  # before minutes of work
+    with progress_bar("edits") as tick:
+        document = run(tick)
+    if out is not None:
+        write_new_json(out, document)
+    if as_json:
+        print(dump(document))
+    else:
+        show(document, console())

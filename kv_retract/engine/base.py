@@ -28,6 +28,10 @@ class SupportsErase(Protocol):
     def exact(self) -> bool:
         """Whether the span leaves the key."""
 
+    @property
+    def suffix_free(self) -> bool:
+        """Whether what the span becomes depends on nothing behind it."""
+
     def erase(self, view: EditView) -> None:
         """Edit the view."""
 
@@ -118,7 +122,9 @@ class Engine(ABC):
             new_key: the thread after it. As long as `key`, tombstones in place, or, where `eraser.exact`, without
                 the spans.
 
-        Other threads and running generations that share the old path keep it: shared slots are copied on write.
+        Other threads and running generations that share the old path keep it: shared slots are copied on write. Where
+        `eraser.suffix_free` and another thread's edit of the same spans is cached under the beginning of `new_key`, its
+        states are taken over and the eraser does not run.
 
         Raises:
             PoolExhaustedError: no room for the copies; the old path is intact.

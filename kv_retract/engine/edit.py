@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,16 +41,23 @@ class HFEditView(EditView):
         chunk_size: int,
     ) -> None:
         self.spans = tuple(spans)
+        self.rotary = rotary
+        self.device = str(pool.k.device)
         self.num_entries = len(key)
         self.rebuild_asked = False
         self.tokens_recomputed = 0
         self.tokens_moved = 0
         self._ids = key.ids
         self._positions = key.positions.copy()
-        self._path, self._pool, self._runner, self._rotary, self._chunk = path, pool, runner, rotary, chunk_size
+        self._path, self._pool, self._runner, self._chunk = path, pool, runner, chunk_size
         self._in_span = np.zeros(self.num_entries, dtype=np.bool_)
         for start, end in self.spans:
             self._in_span[start:end] = True
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the model."""
+        return self._runner.fingerprint
 
     @property
     def followers(self) -> IntArray:
@@ -82,7 +91,7 @@ class HFEditView(EditView):
         slots = torch.from_numpy(self._path.own(index)).to(self._pool.k.device)
         for layer in range(self._pool.k.shape[0]):
             k = self._pool.k[layer]
-            k[slots] = rotate_keys(k[slots], old, new, self._rotary)
+            k[slots] = rotate_keys(k[slots], old, new, self.rotary)
         self.tokens_moved += len(index)
 
     def read(self, index: IntArray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -107,6 +116,24 @@ class HFEditView(EditView):
         working, rows = self._working()
         for part in self._chunks(index):
             self._runner.forward(working, self._ids[part], self._positions[part], rows[part])
+        self._pool.write(self._path.own(index), working.k[:, rows[index]], working.v[:, rows[index]])
+        self.tokens_recomputed += len(index)
+
+    def reencode(self, patch: Callable[[Any], AbstractContextManager[None]], *, sees_suffix: bool) -> None:
+        """Overwrite the spans' KV by what a patched model writes."""
+        working, rows = self._working()
+        index = np.flatnonzero(self._in_span)
+        span_rows = torch.from_numpy(rows[index])
+        with patch(self._runner.model):
+            for part in self._chunks(index):
+                visible = None
+                if sees_suffix:
+                    visible = torch.ones(len(part), working.length, dtype=torch.bool)
+                    visible[:, span_rows] = span_rows[None] <= torch.from_numpy(rows[part])[:, None]
+                self._runner.forward(
+                    working, self._ids[part], self._positions[part], rows[part], visible=visible,
+                    stop_layer=self._runner.num_layers - 1,
+                )  # fmt: skip
         self._pool.write(self._path.own(index), working.k[:, rows[index]], working.v[:, rows[index]])
         self.tokens_recomputed += len(index)
 

@@ -235,7 +235,8 @@ class HFEngine(Engine):
         old = key.cut(cached)
         with self._manager.open_edit(old.ids, extra_key=key.extra_key, start=first) as path:
             view = HFEditView(old, spans, path, self._pool, self._runner, self._rotary, self._chunk)
-            eraser.erase(view)
+            if not (eraser.suffix_free and self._manager.match(new_key.ids, extra_key=key.extra_key) >= spans[-1][1]):
+                eraser.erase(view)
             if not view.rebuild_asked:
                 _check_positions(view.positions(), path.slots, new_key)
                 freed = path.commit(new_key.ids[:cached])

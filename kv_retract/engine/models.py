@@ -138,15 +138,24 @@ def random_model_256(*, device: str = "cpu", dtype: str = "float32", seed: int =
     return _random("random-256", 256, device, dtype, seed)
 
 
-def _random(name: str, hidden_size: int, device: str, dtype: str, seed: int) -> LoadedModel:
+@MODELS.register("random-200m")
+def random_model_200m(*, device: str = "cpu", dtype: str = "float32", seed: int = 0) -> LoadedModel:
+    """Draw a large random model for timings: 16 layers, 1024 wide, 206 M parameters."""
+    return _random("random-200m", 1024, device, dtype, seed, num_layers=16, num_heads=16, num_kv_heads=8)
+
+
+def _random(
+    name: str, hidden_size: int, device: str, dtype: str, seed: int, *, num_layers: int = 4, num_heads: int = 4,
+    num_kv_heads: int = 2,
+) -> LoadedModel:  # fmt: skip
     tokenizer = load_reference_tokenizer()
     shape: dict[str, Any] = dict(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
         intermediate_size=3 * hidden_size,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_kv_heads,
         max_position_embeddings=32_768,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         tie_word_embeddings=True,

@@ -2,6 +2,7 @@
 
 from .base import ERASERS, EditCost, EditShape, Eraser, register_eraser
 from .erratum import ErratumEraser
+from .kveraser import KVEraserEraser
 from .mask import MaskEraser
 from .none import NoneEraser
 from .recompute import RecomputeEraser
@@ -15,6 +16,7 @@ __all__ = [
     "EditShape",
     "Eraser",
     "ErratumEraser",
+    "KVEraserEraser",
     "MaskEraser",
     "NoneEraser",
     "RecomputeEraser",

@@ -53,6 +53,14 @@ class Eraser(ABC):
     """Whether the method is text told to the model: the session appends a notice to the newest message."""
 
     @property
+    def suffix_free(self) -> bool:
+        """Whether what the span becomes depends on nothing behind it: threads that share the span share the edit.
+
+        Once one of several threads with the same beginning has been edited, the others take over its states.
+        """
+        return False
+
+    @property
     def eraser_id(self) -> str:
         """Name and hyper-parameters, as in `repair(tokens=32)`; part of the tombstones."""
         fields = ",".join(f"{f.name}={getattr(self, f.name)!r}" for f in dataclasses.fields(self))

@@ -81,6 +81,7 @@ def record_for(
     thread_id: str,
     eraser_id: str,
     closes_gap: bool,
+    shared: bool,
     exact: bool,
     now: str,
     span_tokens: int,
@@ -93,6 +94,7 @@ def record_for(
         thread_id: its label, part of `retraction_id`.
         eraser_id: see `RetractionRecord`.
         closes_gap: see `RetractionRecord`.
+        shared: see `RetractionRecord`.
         exact: whether the suffix is recomputed at once.
         now: ISO 8601, UTC.
         span_tokens: length of the span in tokens.
@@ -120,6 +122,7 @@ def record_for(
         status=Status.EXACT if exact else Status.STEERED,
         eraser_id=eraser_id,
         closes_gap=closes_gap,
+        shared=shared,
         notice=retraction.notice,
         created_at=now,
         span_tokens=span_tokens,

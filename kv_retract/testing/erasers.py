@@ -37,7 +37,7 @@ def keys_for(ids: IntArray, spans: Sequence[Interval], eraser: Eraser) -> tuple[
     edits = [
         KeyEdit(
             start=start, end=end, exact=eraser.exact, eraser_id=eraser.eraser_id,
-            retraction_id=f"r{start}", closes_gap=eraser.closes_gap,
+            retraction_id=f"r{start}", closes_gap=eraser.closes_gap, shared=eraser.suffix_free,
         )
         for start, end in spans
     ]  # fmt: skip

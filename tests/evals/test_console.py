@@ -5,7 +5,16 @@ import pytest
 from rich.console import Console
 
 from kv_retract.evals.bench import EditBench, bench_edit
-from kv_retract.evals.console import MAX_PROBLEMS, print_bench, print_parts, print_replay
+from kv_retract.evals.console import (
+    MAX_PROBLEMS,
+    print_bench,
+    print_erasers,
+    print_latency,
+    print_parts,
+    print_repeated,
+    print_replay,
+    print_shared,
+)
 from kv_retract.evals.report import number
 from kv_retract.evals.specs import Spec
 
@@ -72,3 +81,63 @@ def test_parts(console):
     print_parts("policy", parts, console)
     for text in ("policy", "[red]a[/b]", "[bold]does[/x]", "x=[1], y=(required)"):
         assert text in printed(console)
+
+
+# -- learned erasers, by hand ---------------------------------------------------------------------------------------
+
+ARM = "x:a=[true]"
+"""A label that looks like markup."""
+
+
+def eraser_row(arm=ARM, **where):
+    shares = {"affected_accuracy": 0.5, "leak": 0.125, "unaffected_accuracy": None, "kl": 0.01234, "top1": 0.75}
+    errors = {f"{name}_se": 0.0625 for name in shares} | {"unaffected_accuracy_se": None}
+    costs = {"edit_ms_median": 12.345, "next_step_ms_median": 3.0, "tokens_recomputed": 1234.5}
+    everywhere = dict.fromkeys(("task", "kind", "length", "span_length", "depth"), "all")
+    return {"arm": arm, "n": 4, **everywhere, **shares, **errors, **costs, **where}
+
+
+def test_erasers(console):
+    rows = [
+        eraser_row(length=256), eraser_row(), eraser_row("y", task="facts"), eraser_row("y", span_length="0 to 16"),
+        eraser_row("y", depth="0 to 0.333"),
+    ]  # fmt: skip
+    extraction = [{"arm": "[/b]", "n": 3, "likelier": 0.5, "extracted": None}]
+    config = {"model": "[bold]m", "split": "test", "n": 12}
+    console.width = 240  # so that no cell is folded
+    print_erasers({"config": config, "rows": rows, "extraction": extraction}, console)
+    assert "Model [bold]m, split test, 12 traces per task and length" in printed(console)
+    found = [line.split() for line in printed(console).splitlines() if line.split()[:1] == [ARM]]
+    shares = "0.5 ± 0.0625 0.125 ± 0.0625 – ± – 0.0123 ± 0.0625 0.75 ± 0.0625".split()
+    assert found == [[ARM, length, "4", *shares, "12.3", "3", "1234"] for length in ("256", "all")]
+    assert cells_of(console, "[/b]") == ["[/b]", "3", "0.5", "–"]
+    assert "y" not in [line.split()[0] for line in printed(console).splitlines() if line.split()], "rows of other views"
+
+
+def test_repeated(console):
+    names = ("affected_accuracy", "leak", "unaffected_accuracy", "kl", "top1")
+    shares = {**dict.fromkeys(names, 0.5), **{f"{name}_se": None for name in names}}
+    rows = [
+        {"arm": ARM, "mode": mode, "edits": 16, "n": 4, **shares, "edit_ms": 2.5} for mode in ("in turn", "at once")
+    ]
+    print_repeated({"rows": rows}, console)
+    found = [line.split() for line in printed(console).splitlines() if line.split()[:1] == [ARM]]
+    assert found == [[ARM, *mode.split(), "16", "4", *["0.5", "±", "–"] * 5, "2.5"] for mode in ("in turn", "at once")]
+
+
+def test_latency(console):
+    rows = [{"arm": ARM, "depth": 0.1, "context": 4096, "edit_ms": 12.345, "speedup": 45.67}]
+    print_latency({"rows": rows, "growth": [{"arm": ARM, "depth": 0.1, "growth": 1.5}]}, console)
+    found = [line.split() for line in printed(console).splitlines() if line.split()[:1] == [ARM]]
+    assert found == [[ARM, "0.1", "4096", "12.3", "45.7"], [ARM, "0.1", "1.5"]]
+
+
+def test_shared(console):
+    arm = {
+        "first_ms": 12.345, "next_ms_median": None, "all_ms": 2345.6, "tokens_written_first": 12,
+        "tokens_written_all": 34, "tokens_in_use": 56,
+    }  # fmt: skip
+    print_shared({"arms": {ARM: arm}}, console)
+    assert cells_of(console, ARM) == [ARM, "12.3", "–", "2346", "12", "34", "56"]
+    for name in arm:
+        assert name.split("_")[0] in printed(console)

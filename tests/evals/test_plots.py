@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from kv_retract.evals.metrics import metric_rows
-from kv_retract.evals.plots import cost_plot, divergence_plot, loss_plot
+from kv_retract.evals.plots import cost_plot, divergence_plot, loss_plot, repeated_plot
 
 ARMS = ["none", "mask", "shift"]
 
@@ -65,11 +65,60 @@ def test_the_same_numbers_give_the_same_file(samples):
 def test_the_log_of_a_training_run():
     losses = [{"step": 20 * i, "answer": 5 / i, "text": 6 / i, "right": 0.5} for i in range(1, 6)]
     validation = {"step": 100, "clean": {"facts": 1.0, "errors": 0.5}, "notes": {"facts": 0.2}, "test": {}}
-    text, without = (loss_plot(entries).decode() for entries in ([*losses, validation], losses))
-    for page in (text, without, loss_plot([]).decode()):
+
+    def plot(entries):
+        what = {"answer": "loss of answers", "text": "loss of the text"}
+        return loss_plot(entries, losses=what, shares=("clean", "notes", "test"), share="right").decode()
+
+    text, without = plot([*losses, validation]), plot(losses)
+    for page in (text, without, plot([])):
         ET.fromstring(page)
     assert all(f"stroke: {color}" in text for color in ("#0072b2", "#d55e00")), "two losses"
     assert "#009e73" in text and "#cc79a7" in text and "#009e73" not in without, (
         "two validations; that of no probes is left out"
     )
-    assert loss_plot([*losses, validation]) == loss_plot([*losses, validation])
+    assert plot([*losses, validation]) == text
+
+
+# -- repeated edits -------------------------------------------------------------------------------------------------
+
+COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]
+
+
+def repeated(arm, *edits, mode="in turn", told=1.0, leak=0.0):
+    return [{"arm": arm, "mode": mode, "edits": n, "unaffected_accuracy": told, "leak": leak} for n in edits]
+
+
+def places(text, color):
+    return [tuple(float(re.search(rf'{axis}="([-\d.]+)"', dot)[1]) for axis in "xy") for dot in dots(text, color)]
+
+
+def test_what_is_left_after_many_edits():
+    rows = [
+        *repeated("mask", 16, 1, 4),
+        *repeated("none", 1, 4, told=0.5, leak=0.75),
+        *repeated("mask", 2, mode="at once"),
+    ]
+    text = repeated_plot(rows).decode()
+    ET.fromstring(text)
+    told, leak, (_, label) = (places(text, COLORS[0])[part] for part in (slice(3), slice(3, 6), 6))
+    assert len(places(text, COLORS[0])) == 7 and len(places(text, COLORS[1])) == 5, "two lines and the legend"
+    assert [x for x, _ in told] == sorted(x for x, _ in told) == [x for x, _ in leak], "by the number of edits"
+    assert told[1][0] - told[0][0] == pytest.approx(told[2][0] - told[1][0], abs=1e-3), "1, 4 and 16 are as far apart"
+    (top,), (bottom,) = ({y for _, y in line} for line in (told, leak))
+    assert label < top < bottom
+    half, most = places(text, COLORS[1])[0][1], places(text, COLORS[1])[2][1]
+    assert half == pytest.approx((top + bottom) / 2, abs=1e-3)
+    assert most == pytest.approx(top + (bottom - top) / 4, abs=1e-3)
+    assert repeated_plot(rows).decode() == text and not places(text, COLORS[2])
+
+
+@pytest.mark.filterwarnings("ignore:No artists with labels")
+def test_repeated_edits_in_other_modes_only():
+    ET.fromstring(repeated_plot(repeated("mask", 1, mode="at once")).decode())
+
+
+def test_more_arms_than_colors():
+    """The results of a long measurement must not be lost over their picture."""
+    text = repeated_plot([row for number in range(9) for row in repeated(f"arm {number}", 1, 4)]).decode()
+    assert [len(places(text, color)) for color in COLORS] == [10, 10, 5, 5, 5, 5]

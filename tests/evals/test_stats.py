@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kv_retract.evals.stats import Spread, mean, median, scored, spread, standard_error
+from kv_retract.evals.stats import Spread, mean, median, paired_interval, scored, spread, standard_error
 
 NUMBERS = st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=20)
 
@@ -64,3 +64,70 @@ def test_one_cluster_per_value_is_asked_for():
 def test_spread():
     found = spread([4.0, None, 1.0, 2.0, 3.0, 5.0])
     assert found == Spread(median=3.0, low=2.0, high=4.0, minimum=1.0, maximum=5.0, n=5)
+
+
+# -- paired differences ---------------------------------------------------------------------------------------------
+
+
+def test_equal_differences_have_an_interval_of_no_width():
+    assert paired_interval([0.25] * 6, range(6)) == (0.25, 0.25)
+    assert paired_interval([0.0, 0.0], ["a", "b"]) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(("differences", "clusters"), [([], []), ([1.0], ["a"]), ([1.0, 0.0, -1.0], ["a"] * 3)])
+def test_one_cluster_has_no_interval(differences, clusters):
+    assert paired_interval(differences, clusters) is None
+
+
+def test_two_clusters_by_hand():
+    """Drawn again, two clusters are both the first, both the second, or one of each; so are their means."""
+    low, high = paired_interval([0.0, 1.0], ["a", "b"])
+    assert (low, high) == (0.0, 1.0)
+    # Draws with both: (0 + 3) / 4; the mean of clusters would be 0.5.
+    assert paired_interval([0.0, 1.0, 1.0, 1.0], ["a", "b", "b", "b"], resamples=1, seed=3)[0] in (0.0, 0.75, 1.0)
+    means = {paired_interval([0.0, 1.0, 1.0, 1.0], ["a", "b", "b", "b"], resamples=1, seed=s)[0] for s in range(40)}
+    assert means == {0.0, 0.75, 1.0}
+
+
+@given(st.lists(st.sampled_from([-1.0, 0.0, 1.0]), min_size=8, max_size=40))
+def test_the_interval_holds_the_mean_and_nothing_that_was_not_there(differences):
+    low, high = paired_interval(differences, range(len(differences)))
+    assert min(differences) <= low <= np.mean(differences) + 1e-9 and np.mean(differences) - 1e-9 <= high
+    assert high <= max(differences)
+    mirrored = paired_interval([-d for d in differences], range(len(differences)))
+    assert mirrored == pytest.approx((-high, -low), abs=1e-9)
+
+
+def test_the_same_seed_draws_the_same_interval():
+    differences = np.random.default_rng(0).normal(size=30).tolist()
+    assert paired_interval(differences, range(30)) == paired_interval(differences, range(30))
+    assert paired_interval(differences, range(30)) != paired_interval(differences, range(30), seed=1)
+    assert paired_interval(differences, range(30), seed=1) == pytest.approx(
+        paired_interval(differences, range(30)), abs=0.1
+    )
+
+
+def test_its_width_is_that_of_a_normal_interval():
+    differences = np.random.default_rng(1).normal(0.3, 1.0, 200).tolist()
+    expected = [np.mean(differences) + sign * 1.96 * standard_error(differences) for sign in (-1, 1)]
+    assert paired_interval(differences, range(200), resamples=20_000) == pytest.approx(expected, abs=0.01)
+
+
+def test_clusters_are_drawn_whole():
+    """Copies of a difference in its cluster tell nothing new; taken for independent they would."""
+    once = np.random.default_rng(2).normal(size=20).tolist()
+    copies = [difference for difference in once for _ in range(9)]
+    clusters = [cluster for cluster in range(20) for _ in range(9)]
+    assert paired_interval(copies, clusters) == pytest.approx(paired_interval(once, range(20)))
+    alone = paired_interval(copies, range(180))
+    whole = paired_interval(copies, clusters)
+    assert whole[1] - whole[0] > 2 * (alone[1] - alone[0])
+
+
+def test_the_order_in_a_cluster_does_not_matter():
+    assert paired_interval([1.0, 0.0, 0.5], ["a", "b", "a"]) == paired_interval([0.5, 1.0, 0.0], ["a", "a", "b"])
+
+
+def test_a_cluster_per_difference_is_asked_for():
+    with pytest.raises(ValueError):
+        paired_interval([1.0, 2.0], ["a"])

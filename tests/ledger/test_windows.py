@@ -20,6 +20,7 @@ def record(messages, index, **kw):
         thread_id="t",
         eraser_id="mask",
         closes_gap=False,
+        shared=False,
         exact=False,
         now="2025-01-01T00:00:00+00:00",
         span_tokens=3,
@@ -45,7 +46,15 @@ def test_a_record_says_what_was_decided_without_the_text():
         scope=Scope.BRANCH,
     )
     r = record_for(
-        retraction, messages, thread_id="t", eraser_id="shift", closes_gap=True, exact=True, now="now", span_tokens=7
+        retraction,
+        messages,
+        thread_id="t",
+        eraser_id="shift",
+        closes_gap=True,
+        shared=True,
+        exact=True,
+        now="now",
+        span_tokens=7,
     )
     assert (r.span, r.policy, r.reason, r.guarantee, r.notice) == (
         SpanRef(2, start=1, end=3),
@@ -54,7 +63,8 @@ def test_a_record_says_what_was_decided_without_the_text():
         Guarantee.EXACT,
         "gone",
     )
-    assert (r.status, r.eraser_id, r.closes_gap, r.created_at, r.span_tokens) == (Status.EXACT, "shift", True, "now", 7)
+    assert (r.status, r.eraser_id, r.closes_gap, r.shared) == (Status.EXACT, "shift", True, True)
+    assert (r.created_at, r.span_tokens) == ("now", 7)
     assert (r.scope, r.window_size) == (Scope.BRANCH, 3)
     assert r.window_digest == window_digest([m.digest() for m in messages[2:]])
     assert "text 2" not in str(r.to_json())
