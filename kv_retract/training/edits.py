@@ -97,12 +97,14 @@ def edit_of_text(
     Raises:
         ValueError: the text is too short.
     """
+    if ahead < 4:
+        raise ValueError(f"expected at least 4 tokens ahead, got {ahead}")
     if len(text) < 3 * ahead:
         raise ValueError(f"expected a text of at least {3 * ahead} tokens, got {len(text)}")
     thread, continuation = text[:-ahead], text[-ahead - 1 :]
     spans: list[Interval] = []
     for _ in range(rng.randint(1, most_spans)):
-        length = min(longest, len(thread) // 8, int(math.exp(rng.uniform(0, math.log(longest + 1)))))
+        length = min(longest, max(1, len(thread) // 8), int(math.exp(rng.uniform(0, math.log(longest + 1)))))
         start = rng.randrange(len(thread) - length - 2)
         if all(start + length < a or b < start for a, b in spans):
             spans.append((start, start + length))

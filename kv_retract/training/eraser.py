@@ -77,8 +77,13 @@ class EraserTraining:
             raise ConfigError(f"expected a stage of {', '.join(get_args(Stage))}, got {self.stage!r}")
         if not self.lengths or min(begin for begin, _ in self.lengths) > 0:
             raise ConfigError("expected lengths that begin at 0")
-        if min(self.steps, self.batch_tokens, self.most_spans, self.accumulate) < 1:
-            raise ConfigError("expected steps, batch_tokens, accumulate and most_spans of at least 1")
+        sizes = ("rank", "hidden", "steps", "batch_tokens", "accumulate", "most_spans", "most_probes")
+        if small := [name for name in sizes if getattr(self, name) < 1]:
+            raise ConfigError(f"expected {', '.join(small)} of at least 1")
+        if self.pretrain_steps < 0 or self.finetune_steps < 0 or self.affected_weight < 0:
+            raise ConfigError("expected pretrain_steps, finetune_steps and affected_weight of at least 0")
+        if not 0 <= self.text_share < 1:
+            raise ConfigError(f"expected a text_share from 0 to below 1, got {self.text_share}")
 
     @property
     def steps(self) -> int:
@@ -305,5 +310,6 @@ def validation_of(
 
 
 def _validations(folder: RunFolder) -> list[float]:
-    """Return the divergence of all validations so far, summed over families."""
-    return [sum(entry["validation_kl"].values()) for entry in folder.entries() if "validation_kl" in entry]
+    """Return the divergence of all validations so far, summed over families; a resumed run repeats some of them."""
+    found = {e["step"]: sum(e["validation_kl"].values()) for e in folder.entries() if "validation_kl" in e}
+    return list(found.values())

@@ -1,6 +1,7 @@
 """The learned eraser apart from the cache: its networks, its files, and what it refuses."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 
 import pytest
@@ -56,6 +57,15 @@ def test_adapters_act_where_they_are_gated_and_only_while_attached():
     with net.attached(model):
         assert float((model(IDS).logits - plain).abs().amax(-1).min()) > 1e-3, "all tokens"
     assert torch.equal(model(IDS).logits, plain)
+
+
+@torch.no_grad()
+def test_adapters_do_not_act_in_other_threads():
+    model = tiny_model()
+    net, plain = net_of(model, "blind"), model(IDS).logits
+    with net.attached(model), ThreadPoolExecutor(1) as pool:
+        found = pool.submit(torch.no_grad()(lambda: model(IDS).logits)).result()
+    assert torch.equal(found, plain)
 
 
 @torch.no_grad()

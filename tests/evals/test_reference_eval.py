@@ -151,7 +151,7 @@ def scripted(monkeypatch, ask, settings, **fields):
     return rows
 
 
-ALL = dict(families=tuple(FAMILIES.names()), n=4)
+ALL = dict(families=tuple(FAMILIES.names()), n=8)
 
 
 def test_a_scripted_reader_is_always_right(monkeypatch, settings):

@@ -253,7 +253,7 @@ def test_long_threads_take_a_second_or_so(make, encoder, family):
     sample = make(family, length=32_768, split="test")
     assert time.process_time() - started < 5
     assert 0.97 * 32_768 < len(encoder.encode(sample, []).ids) < 1.05 * 32_768
-    assert len({call.id for m in sample.messages for call in m.tool_calls}) > 200
+    assert len({call.id for m in sample.messages for call in m.tool_calls}) > 150
 
 
 def test_without_a_tokenizer_lengths_are_estimated(encoder):

@@ -48,7 +48,7 @@ class KVEraserEraser(Eraser):
         self._folder = Path(self.path).expanduser() if self.path else SHIPPED / self.variant
         self.config = read_eraser_config(self._folder)
         self.variant = self.config.variant
-        self._net: Any = None
+        self._nets: dict[str, Any] = {}
 
     @cached_property
     def eraser_id(self) -> str:
@@ -75,11 +75,12 @@ class KVEraserEraser(Eraser):
         from .model import load_net
 
         self.config.check_base(view.fingerprint)
-        if self._net is None:
-            self._net = load_net(self._folder, view.device)
+        net = self._nets.get(view.device)
+        if net is None:
+            net = self._nets.setdefault(view.device, load_net(self._folder, view.device))
         if self.variant == "kv_map":
             index = np.concatenate([np.arange(start, end) for start, end in view.spans])
             positions = torch.from_numpy(view.positions()[index])
-            view.write(index, *self._net.steer(*view.read(index), positions, view.rotary))
+            view.write(index, *net.steer(*view.read(index), positions, view.rotary))
         else:
-            view.reencode(self._net.attached, sees_suffix=self.variant == "suffix_aware")
+            view.reencode(net.attached, sees_suffix=self.variant == "suffix_aware")
