@@ -82,8 +82,8 @@ class EraserTraining:
             raise ConfigError(f"expected {', '.join(small)} of at least 1")
         if self.pretrain_steps < 0 or self.finetune_steps < 0 or self.affected_weight < 0:
             raise ConfigError("expected pretrain_steps, finetune_steps and affected_weight of at least 0")
-        if not 0 <= self.text_share < 1:
-            raise ConfigError(f"expected a text_share from 0 to below 1, got {self.text_share}")
+        if not 0 <= self.text_share <= 1:
+            raise ConfigError(f"expected a text_share from 0 to 1, got {self.text_share}")
 
     @property
     def steps(self) -> int:

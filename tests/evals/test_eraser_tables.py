@@ -104,7 +104,7 @@ def shared():
 
 DATA = {
     "erasers": erasers, "erasers-kinds": erasers, "erasers-documents": erasers, "extraction": erasers,
-    "repeated": repeated, "latency": latency, "latency-200m": latency, "shared": shared,
+    "shared": shared,
 }  # fmt: skip
 
 
@@ -206,7 +206,6 @@ def test_every_table_has_its_file(tmp_path, name):
 def test_the_tables_of_learned_erasers_are_known():
     assert set(DATA) <= set(TABLES)
     assert TABLES["erasers-documents"][0] != TABLES["erasers"][0] == TABLES["extraction"][0]
-    assert TABLES["latency"][0] != TABLES["latency-200m"][0]
 
 
 @pytest.mark.parametrize("name", DATA)

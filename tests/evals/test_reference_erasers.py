@@ -39,10 +39,11 @@ def test_leaks_that_masking_leaves_are_gone(tmp_path):
     settings = EraserEval(
         out=tmp_path / "out", tasks=("facts", "injections"), lengths=(256,), n=6, arms=arms, extraction=False
     )
-    rows = {r["arm"]: r for r in eval_erasers(settings)["rows"] if r["task"] == r["length"] == "all" == r["depth"]}
-    rows = {arm: row for arm, row in rows.items() if row["span_length"] == "all"}
+    views = ("task", "length", "span_length", "depth")
+    rows = {r["arm"]: r for r in eval_erasers(settings)["rows"] if all(r[view] == "all" for view in views)}
     assert rows["mask"]["leak"] > 0.25
     for arm in arms[1:]:
-        found = rows[arm.label]
-        assert found["leak"] < 0.1 and found["affected_accuracy"] > rows["recompute"]["affected_accuracy"] - 0.15
-        assert found["unaffected_accuracy"] > rows["recompute"]["unaffected_accuracy"] - 0.15
+        assert rows[arm.label]["leak"] < 0.5 * rows["mask"]["leak"]
+    default = rows[Spec("kveraser", {"variant": KVEraserEraser().variant}).label]
+    assert default["leak"] < 0.1 and default["affected_accuracy"] > rows["recompute"]["affected_accuracy"] - 0.15
+    assert default["unaffected_accuracy"] > rows["recompute"]["unaffected_accuracy"] - 0.15
