@@ -21,9 +21,21 @@ if TYPE_CHECKING:
     import torch
 
     from kv_retract.engine.hf import HFEngine
-    from kv_retract.training.samples import CorpusSample
+    from kv_retract.training.samples import CorpusSample, CorpusSpan, Probe
 
 THREAD = "t"
+
+
+def chosen_span(sample: CorpusSample, number: int, max_probes: int) -> tuple[CorpusSpan, list[Probe], list[Probe]]:
+    """Return the span of a sample that its number chooses, probes that it affects, and others: `max_probes` in all.
+
+    At least one that it affects, and at most half of them where there are others.
+    """
+    affecting = sorted({span_id for probe in sample.probes for span_id in probe.without})
+    span = sample.span(affecting[number % len(affecting)])
+    hit = [p for p in sample.probes if span.span_id in p.without][: max(1, max_probes // 2)]
+    others = [p for p in sample.probes if span.span_id not in p.without]
+    return span, hit, others[: max_probes - len(hit)]
 
 
 class AskedThread:

@@ -57,12 +57,19 @@ class EditBench:
     dtype: str = "float32"
 
 
-def bench_edit(settings: EditBench, *, progress: Progress = silent) -> dict[str, Any]:
+def bench_edit(
+    settings: EditBench, *, loaded: LoadedModel | None = None, progress: Progress = silent
+) -> dict[str, Any]:
     """Time edits and return one JSON-able document.
 
     Each repetition prefills the thread anew for each arm, times `Engine.erase` (which for `recompute` includes the
     prefill of the suffix), then the next step: the prefill of `NEXT_TOKENS` new tokens up to the logits of the next
     one. The order of the arms turns with every repetition; the first one warms up and is not counted.
+
+    Args:
+        settings: what to time.
+        loaded: the model, where it is loaded already.
+        progress: called with edits done and edits in all.
 
     Raises:
         BenchSettingError: the span does not fit into the thread, or the thread into the model.
@@ -82,10 +89,10 @@ def bench_edit(settings: EditBench, *, progress: Progress = silent) -> dict[str,
     specs = [spec for spec in settings.arms if spec.label != REFERENCE] + [Spec(REFERENCE)]
     made = [(spec, spec.create(ERASERS)) for spec in specs]
     erasers = {arm_label(spec, eraser): eraser for spec, eraser in made}
-    loaded = load_model(settings.model, device=settings.device, dtype=settings.dtype, seed=settings.seed)
+    loaded = loaded or load_model(settings.model, device=settings.device, dtype=settings.dtype, seed=settings.seed)
     # Room for the copies that an edit of a shared thread would make.
     engine = HFEngine(loaded.model, max_tokens=3 * (settings.context + NEXT_TOKENS), name=loaded.name)
-    _check_positions(loaded, settings.context)
+    check_positions(loaded, settings.context)
     ids = np.random.default_rng(settings.seed).integers(0, engine.spec.vocab_size, settings.context + NEXT_TOKENS)
     timings = _time_arms(engine, ids, (start, start + settings.span), erasers, settings.repeats, progress)
     arms = {label: _summary(*times) for label, times in timings.items()}
@@ -110,14 +117,8 @@ def bench_edit(settings: EditBench, *, progress: Progress = silent) -> dict[str,
     }
 
 
-def check_positions(model: str, context: int, *, device: str, dtype: str) -> None:
+def check_positions(loaded: LoadedModel, context: int) -> None:
     """Raise BenchSettingError where a thread of so many tokens, and a next step, do not fit into a model."""
-    from kv_retract.engine.models import load_model
-
-    _check_positions(load_model(model, device=device, dtype=dtype), context)
-
-
-def _check_positions(loaded: LoadedModel, context: int) -> None:
     most: int = loaded.model.config.max_position_embeddings
     if context + NEXT_TOKENS > most:
         raise BenchSettingError(

@@ -6,8 +6,6 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,23 +13,21 @@ import numpy as np
 from kv_retract.ledger.render import Renderer
 from kv_retract.types import SamplingParams
 
-from .asking import AskedThread, divergence
+from .arms import REFERENCE
+from .asking import AskedThread, chosen_span, divergence
 from .eraser_rows import COLUMNS, EXTRACTION_COLUMNS, eraser_rows, extraction_rows, paired_rows
-from .jobs import check_lengths, families_of, loaded_model, run_jobs
-from .machine import describe_machine, versions
+from .jobs import CorpusEval, check_lengths, engine_of, evaluate, families_of, traces
 from .progress import Progress, silent
-from .results import results_folder, write_json, write_jsonl
 from .specs import Spec, arm_label
 
 if TYPE_CHECKING:
     import torch
 
     from kv_retract.engine.hf import HFEngine
-    from kv_retract.training.samples import CorpusSample, CorpusSpan
+    from kv_retract.training.samples import CorpusSample
 
-RECOMPUTE = "recompute"
 ARMS = (
-    Spec("none"), Spec("mask"), Spec("shift"), Spec("repair"), Spec("selective"), Spec("erratum"), Spec(RECOMPUTE),
+    Spec("none"), Spec("mask"), Spec("shift"), Spec("repair"), Spec("selective"), Spec("erratum"), Spec(REFERENCE),
     *(Spec("kveraser", {"variant": variant}) for variant in ("blind", "suffix_aware", "kv_map")),
 )  # fmt: skip
 LENGTHS = (256, 1024, 2048)
@@ -46,11 +42,9 @@ ASK_BACK = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EraserEval:
+class EraserEval(CorpusEval):
     """What to measure."""
 
-    out: Path
-    model: str = "reference"
     tasks: tuple[str, ...] = ()
     """Task families. None: all that the split has."""
     lengths: tuple[int, ...] = LENGTHS
@@ -61,11 +55,6 @@ class EraserEval:
     max_probes: int = 4
     extraction: bool = True
     """Whether to try to get the retracted text back."""
-    split: str = "test"
-    seed: int = 0
-    device: str = "cpu"
-    dtype: str = "float32"
-    workers: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,70 +100,43 @@ def eval_erasers(settings: EraserEval, *, progress: Progress = silent) -> dict[s
     tasks = families_of(settings.tasks, settings.split)
     arms = labelled_arms(settings.arms)
     check_lengths(settings.model, settings.device, settings.dtype, settings.lengths)
-    started = time.perf_counter()
-    with results_folder(settings.out) as folder:
-        loaded = loaded_model(settings.model, settings.device, settings.dtype)
-        jobs = [(task, length) for task in tasks for length in settings.lengths]
-        samples: list[ArmSample] = []
-        for done, part in enumerate(run_jobs(_samples_of, settings, jobs, settings.workers), start=1):
-            samples += part
-            progress(done, settings.n * len(jobs))
-        config = {
-            "model": loaded.name,
-            "num_parameters": loaded.model.num_parameters(),
+    return evaluate(
+        settings,
+        _samples_of,
+        [(task, length) for task in tasks for length in settings.lengths],
+        about={
             "tasks": list(tasks),
             "lengths": list(settings.lengths),
             "arms": [label for label, _ in arms],
-            "n": settings.n,
             "max_probes": settings.max_probes,
-            "split": settings.split,
-            "seed": settings.seed,
-            "dtype": settings.dtype,
             "columns": COLUMNS,
             "extraction_columns": EXTRACTION_COLUMNS,
-            "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seconds": round(time.perf_counter() - started, 1),
-            "machine": describe_machine(settings.device),
-            "versions": versions(),
-        }
-        metrics = {
-            "config": config,
+        },
+        summarise=lambda samples: {
             "rows": eraser_rows(samples),
-            "paired": paired_rows(samples, RECOMPUTE),
+            "paired": paired_rows(samples, REFERENCE),
             "extraction": extraction_rows(samples),
-        }
-        write_json(folder / "config.json", config)
-        write_jsonl(folder / "samples.jsonl", (asdict(sample) for sample in samples))
-        write_json(folder / "metrics.json", metrics)
-    return metrics
+        },
+        record=asdict,
+        progress=progress,
+    )
 
 
 def labelled_arms(arms: Sequence[Spec]) -> list[tuple[str, Any]]:
     """Return erasers with their labels, full recomputation first: the others are compared with what it says."""
     from kv_retract.erasers import ERASERS
 
-    specs = [Spec(RECOMPUTE), *(arm for arm in arms if arm.label != RECOMPUTE)]
+    specs = [Spec(REFERENCE), *(arm for arm in arms if arm.label != REFERENCE)]
     made = [(spec, spec.create(ERASERS)) for spec in specs]
     return [(arm_label(spec, eraser), eraser) for spec, eraser in made]
 
 
 def _samples_of(settings: EraserEval, task: str, length: int) -> Iterator[list[ArmSample]]:
     """Yield what the arms do on each trace of a task."""
-    from kv_retract.engine.hf import HFEngine
-    from kv_retract.training.corpus import generate
-    from kv_retract.training.encoding import RowEncoder
-
-    loaded = loaded_model(settings.model, settings.device, settings.dtype)
-    engine = HFEngine(loaded.model, max_tokens=4 * (length + 2048), name=loaded.name)
-    renderer, tokens = Renderer(loaded.tokenizer), RowEncoder(loaded.tokenizer).length
+    engine, renderer = engine_of(settings, 4 * (length + 2048))
     arms = labelled_arms(settings.arms)
-    for number in range(settings.n):
-        sample = generate(
-            task, seed=settings.seed + number, length=length, split=settings.split,  # type: ignore[arg-type]
-            tokens=tokens, mentions=1.0,
-        )  # fmt: skip
-        affecting = sorted({span_id for probe in sample.probes for span_id in probe.without})
-        trace = _Trace(settings, sample, sample.span(affecting[number % len(affecting)]), engine, renderer, length)
+    for number, sample in traces(settings, task, length=length):
+        trace = _Trace(settings, sample, number, engine, renderer, length)
         yield [trace.measure(label, eraser) for label, eraser in arms]
 
 
@@ -182,14 +144,12 @@ class _Trace:
     """One trace with one span to be retracted; `measure` it under `recompute` first."""
 
     def __init__(
-        self, settings: EraserEval, sample: CorpusSample, span: CorpusSpan, engine: HFEngine, renderer: Renderer,
+        self, settings: EraserEval, sample: CorpusSample, number: int, engine: HFEngine, renderer: Renderer,
         length: int,
     ) -> None:  # fmt: skip
-        self._sample, self._span, self._engine, self._renderer = sample, span, engine, renderer
+        self._sample, self._engine, self._renderer = sample, engine, renderer
         self._length, self._extraction = length, settings.extraction
-        hit = [p for p in sample.probes if span.span_id in p.without][: max(1, settings.max_probes // 2)]
-        others = [p for p in sample.probes if span.span_id not in p.without]
-        self._hit, self._others = hit, others[: settings.max_probes - len(hit)]
+        self._span, self._hit, self._others = chosen_span(sample, number, settings.max_probes)
         self._ahead = np.empty(0, np.int64)
         self._expected: torch.Tensor | None = None
 
@@ -221,7 +181,7 @@ class _Trace:
     def _compare(self, thread: AskedThread, label: str) -> tuple[float, float]:
         """Return KL and top-1 agreement with recompute over what it goes on with behind the first affected probe."""
         asked = thread.asked(self._hit[0].question)
-        if label == RECOMPUTE:
+        if label == REFERENCE:
             tokens = self._engine.generate(asked, SamplingParams(max_tokens=AHEAD))
             self._ahead = np.array([token.id for token in tokens])
         logs = thread.log_probabilities(asked, self._ahead)

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from .arms import REFERENCE
 from .bench import EditBench, bench_edit, check_positions
 from .progress import Progress, silent
 from .specs import Spec
-
-REFERENCE = "recompute"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +42,10 @@ def bench_latency(settings: LatencyBench, *, progress: Progress = silent) -> dic
         UnknownNameError: the model or an eraser has no such name.
         EraserMismatchError: a learned eraser belongs to another model.
     """
-    check_positions(settings.model, max(settings.contexts), device=settings.device, dtype=settings.dtype)
+    from kv_retract.engine.models import load_model
+
+    loaded = load_model(settings.model, device=settings.device, dtype=settings.dtype, seed=settings.seed)
+    check_positions(loaded, max(settings.contexts))
     rows: list[dict[str, Any]] = []
     places = [(context, depth) for context in settings.contexts for depth in settings.depths]
     found: dict[str, Any] = {}
@@ -52,7 +54,8 @@ def bench_latency(settings: LatencyBench, *, progress: Progress = silent) -> dic
             EditBench(
                 context=context, span=settings.span, depth=depth, arms=settings.arms, model=settings.model,
                 repeats=settings.repeats, seed=settings.seed, device=settings.device, dtype=settings.dtype,
-            )
+            ),
+            loaded=loaded,
         )  # fmt: skip
         for arm, row in found["arms"].items():
             speedup = found["arms"][REFERENCE]["edit_ms_median"] / row["edit_ms_median"]

@@ -6,11 +6,8 @@ had the span, tell whether the model reads at all.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kv_retract.erasers import ERASERS
@@ -19,10 +16,9 @@ from kv_retract.planner import Planner
 from kv_retract.session import KVRetractSession
 from kv_retract.types import Message, Retraction, SamplingParams
 
-from .jobs import check_lengths, families_of, loaded_model, run_jobs
-from .machine import describe_machine, versions
+from .asking import chosen_span
+from .jobs import CorpusEval, check_lengths, engine_of, evaluate, families_of, traces
 from .progress import Progress, silent
-from .results import results_folder, write_json, write_jsonl
 from .stats import mean, standard_error
 
 if TYPE_CHECKING:
@@ -46,11 +42,9 @@ COLUMNS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReferenceEval:
+class ReferenceEval(CorpusEval):
     """What to measure."""
 
-    out: Path
-    model: str = "reference"
     families: tuple[str, ...] = ()
     """None: all that the split has; the held-out one is in `test` only."""
     lengths: tuple[int, ...] = LENGTHS
@@ -58,12 +52,6 @@ class ReferenceEval:
     """Traces per family and length."""
     max_probes: int = 4
     """Probes per trace: at least one that the span affects, then others."""
-    split: str = "test"
-    seed: int = 0
-    device: str = "cpu"
-    dtype: str = "float32"
-    workers: int = 1
-    """Processes; each takes families and lengths, and a share of the cores. What they find does not depend on it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,51 +90,26 @@ def eval_reference(settings: ReferenceEval, *, progress: Progress = silent) -> d
     """
     families = families_of(settings.families, settings.split)
     check_lengths(settings.model, settings.device, settings.dtype, settings.lengths)
-    started = time.perf_counter()
-    with results_folder(settings.out) as folder:
-        loaded = loaded_model(settings.model, settings.device, settings.dtype)
-        jobs = [(family, length) for family in families for length in settings.lengths]
-        answers: list[Answer] = []
-        for done, part in enumerate(run_jobs(_answers_of, settings, jobs, settings.workers), start=1):
-            answers += part
-            progress(done, settings.n * len(jobs))
-        config = {
-            "model": loaded.name,
-            "num_parameters": loaded.model.num_parameters(),
+    return evaluate(
+        settings,
+        _answers_of,
+        [(family, length) for family in families for length in settings.lengths],
+        about={
             "families": list(families),
             "lengths": list(settings.lengths),
-            "n": settings.n,
             "max_probes": settings.max_probes,
-            "split": settings.split,
-            "seed": settings.seed,
-            "dtype": settings.dtype,
             "columns": COLUMNS,
-            "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seconds": round(time.perf_counter() - started, 1),
-            "machine": describe_machine(settings.device),
-            "versions": versions(),
-        }
-        metrics = {"config": config, "rows": reference_rows(answers)}
-        write_json(folder / "config.json", config)
-        write_jsonl(folder / "samples.jsonl", ({**asdict(a), "right": a.right, "leaked": a.leaked} for a in answers))
-        write_json(folder / "metrics.json", metrics)
-    return metrics
+        },
+        summarise=lambda answers: {"rows": reference_rows(answers)},
+        record=lambda answer: {**asdict(answer), "right": answer.right, "leaked": answer.leaked},
+        progress=progress,
+    )
 
 
 def _answers_of(settings: ReferenceEval, family: str, length: int) -> Iterator[list[Answer]]:
     """Yield the answers about each trace of a family."""
-    from kv_retract.engine.hf import HFEngine
-    from kv_retract.training.corpus import generate
-    from kv_retract.training.encoding import RowEncoder
-
-    loaded = loaded_model(settings.model, settings.device, settings.dtype)
-    engine = HFEngine(loaded.model, max_tokens=8 * (length + 1024), name=loaded.name)
-    renderer, tokens = Renderer(loaded.tokenizer), RowEncoder(loaded.tokenizer).length
-    for number in range(settings.n):
-        sample = generate(
-            family, seed=settings.seed + number, length=length, split=settings.split,  # type: ignore[arg-type]
-            tokens=tokens, mentions=1.0,
-        )  # fmt: skip
+    engine, renderer = engine_of(settings, 8 * (length + 1024))
+    for number, sample in traces(settings, family, length=length):
         yield list(answers_to(sample, number, engine, renderer, length, settings.max_probes))
 
 
@@ -154,11 +117,7 @@ def answers_to(
     sample: CorpusSample, number: int, engine: HFEngine, renderer: Renderer, length: int, max_probes: int
 ) -> Iterator[Answer]:
     """Retract one span of a sample under every arm, and ask; `number` chooses the span."""
-    affecting = sorted({span_id for probe in sample.probes for span_id in probe.without})
-    span = sample.span(affecting[number % len(affecting)])
-    hit = [p for p in sample.probes if span.span_id in p.without]
-    others = [p for p in sample.probes if span.span_id not in p.without]
-    probes = [*hit[: max(1, max_probes // 2)], *others][:max_probes]
+    span, hit, others = chosen_span(sample, number, max_probes)
     retraction = Retraction(span=span.ref, policy="explicit", reason="of the corpus")
     for arm in ARMS:
         eraser = ERASERS.create("none" if arm == CLEAN else arm)
@@ -170,7 +129,7 @@ def answers_to(
         if arm != CLEAN:
             engine.extend(session.key("t", messages, tools=sample.tools, add_generation_prompt=False))
             session.retract("t", messages, tools=sample.tools, proposals=[retraction])
-        for probe in probes:
+        for probe in (*hit, *others):
             yield Answer(
                 sample_id=sample.sample_id,
                 family=sample.family,

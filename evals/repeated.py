@@ -7,25 +7,20 @@ unknown and the others still be told.
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from kv_retract.ledger.render import Renderer
 from kv_retract.types import Guarantee, SamplingParams
 
+from .arms import REFERENCE
 from .asking import AskedThread, divergence
-from .erasers import RECOMPUTE, labelled_arms
-from .jobs import loaded_model, run_jobs
-from .machine import describe_machine, versions
+from .erasers import labelled_arms
+from .jobs import CorpusEval, engine_of, evaluate, traces
 from .plots import repeated_plot
 from .progress import Progress, silent
-from .results import results_folder, write_json, write_jsonl
 from .specs import Spec
 from .stats import mean, standard_error
 
@@ -39,10 +34,11 @@ SURVIVORS = 8
 """Facts that are never taken back, beside those that are."""
 MOST_ASKED = 8
 """Probes of either kind after the edits."""
+EDITS = (1, 4, 16, 64)
 AHEAD = 512
 """Tokens of continued decoding after the edits."""
 ARMS = (
-    Spec("mask"), Spec(RECOMPUTE),
+    Spec("mask"), Spec(REFERENCE),
     *(Spec("kveraser", {"variant": variant}) for variant in ("blind", "suffix_aware", "kv_map")),
 )  # fmt: skip
 COLUMNS = {
@@ -60,20 +56,13 @@ COLUMNS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RepeatedEval:
+class RepeatedEval(CorpusEval):
     """What to measure."""
 
-    out: Path
-    model: str = "reference"
-    edits: tuple[int, ...] = (1, 4, 16, 64)
+    edits: tuple[int, ...] = EDITS
     n: int = 4
     """Threads per number of edits."""
     arms: tuple[Spec, ...] = ARMS
-    split: str = "test"
-    seed: int = 0
-    device: str = "cpu"
-    dtype: str = "float32"
-    workers: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,34 +90,16 @@ def eval_repeated(settings: RepeatedEval, *, progress: Progress = silent) -> dic
         EraserMismatchError: a learned eraser belongs to another model.
     """
     arms = labelled_arms(settings.arms)
-    started = time.perf_counter()
-    with results_folder(settings.out) as folder:
-        loaded = loaded_model(settings.model, settings.device, settings.dtype)
-        jobs = [(FAMILY, edits) for edits in settings.edits]
-        samples: list[RepeatedSample] = []
-        for done, part in enumerate(run_jobs(_samples_of, settings, jobs, settings.workers), start=1):
-            samples += part
-            progress(done, settings.n * len(jobs))
-        config = {
-            "model": loaded.name,
-            "arms": [label for label, _ in arms],
-            "edits": list(settings.edits),
-            "n": settings.n,
-            "split": settings.split,
-            "seed": settings.seed,
-            "dtype": settings.dtype,
-            "columns": COLUMNS,
-            "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seconds": round(time.perf_counter() - started, 1),
-            "machine": describe_machine(settings.device),
-            "versions": versions(),
-        }
-        metrics = {"config": config, "rows": repeated_rows(samples)}
-        write_json(folder / "config.json", config)
-        write_jsonl(folder / "samples.jsonl", (asdict(sample) for sample in samples))
-        write_json(folder / "metrics.json", metrics)
-        (folder / "repeated.svg").write_bytes(repeated_plot(metrics["rows"]))
-    return metrics
+    return evaluate(
+        settings,
+        _samples_of,
+        [(FAMILY, edits) for edits in settings.edits],
+        about={"arms": [label for label, _ in arms], "edits": list(settings.edits), "columns": COLUMNS},
+        summarise=lambda samples: {"rows": repeated_rows(samples)},
+        record=asdict,
+        files=lambda metrics: {"repeated.svg": repeated_plot(metrics["rows"])},
+        progress=progress,
+    )
 
 
 def repeated_rows(samples: list[RepeatedSample]) -> list[dict[str, Any]]:
@@ -148,19 +119,9 @@ def repeated_rows(samples: list[RepeatedSample]) -> list[dict[str, Any]]:
 
 def _samples_of(settings: RepeatedEval, family: str, edits: int) -> Iterator[list[RepeatedSample]]:
     """Yield what the arms do in each thread with so many edits."""
-    from kv_retract.engine.hf import HFEngine
-    from kv_retract.training.corpus import generate
-    from kv_retract.training.encoding import RowEncoder
-
-    loaded = loaded_model(settings.model, settings.device, settings.dtype)
-    renderer, tokens = Renderer(loaded.tokenizer), RowEncoder(loaded.tokenizer).length
-    engine = HFEngine(loaded.model, max_tokens=256 * (edits + SURVIVORS) + 8192, name=loaded.name)
+    engine, renderer = engine_of(settings, 256 * (edits + SURVIVORS) + 8192)
     arms = labelled_arms(settings.arms)
-    for number in range(settings.n):
-        sample = generate(
-            family, seed=settings.seed + number, length=256, split=settings.split,  # type: ignore[arg-type]
-            size=edits + SURVIVORS + 1, tokens=tokens, mentions=1.0,
-        )  # fmt: skip
+    for number, sample in traces(settings, family, length=256, size=edits + SURVIVORS + 1):
         healed, *chosen = random.Random(number).sample([span.span_id for span in sample.spans], edits + 1)
         found: list[RepeatedSample] = []
         expected: dict[Mode, tuple[str, Any, Any]] = {}

@@ -11,7 +11,7 @@ import numpy as np
 from kv_retract.cache.keys import KeyEdit, build_key
 from kv_retract.erasers import ERASERS
 
-from .arms import clock
+from .arms import REFERENCE, clock
 from .bench import check_positions
 from .machine import describe_machine, versions
 from .progress import Progress, silent
@@ -31,7 +31,7 @@ class SharedBench:
     suffix: int = 128
     """Tokens of each thread's own, behind the document."""
     arms: tuple[Spec, ...] = (
-        *(Spec("kveraser", {"variant": variant}) for variant in ("blind", "kv_map", "suffix_aware")), Spec("recompute"),
+        *(Spec("kveraser", {"variant": variant}) for variant in ("blind", "kv_map", "suffix_aware")), Spec(REFERENCE),
     )  # fmt: skip
     model: str = "reference"
     seed: int = 0
@@ -52,8 +52,8 @@ def bench_shared(settings: SharedBench, *, progress: Progress = silent) -> dict[
 
     made = [(spec, spec.create(ERASERS)) for spec in settings.arms]
     length = settings.prefix + settings.span
-    check_positions(settings.model, length + settings.suffix, device=settings.device, dtype=settings.dtype)
     loaded = load_model(settings.model, device=settings.device, dtype=settings.dtype, seed=settings.seed)
+    check_positions(loaded, length + settings.suffix)
     rng = np.random.default_rng(settings.seed)
     vocab = loaded.model.config.vocab_size
     common = rng.integers(0, vocab, length)

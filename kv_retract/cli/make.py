@@ -90,8 +90,8 @@ def train_eraser(
     from ..engine.models import load_model
     from ..evals.plots import loss_plot
     from ..training.checkpoint import read_log
-    from ..training.eraser import read_eraser_training
     from ..training.eraser import train_eraser as run
+    from ..training.eraser_config import read_eraser_training
     from ..training.texts import read_texts
 
     given = {name: value for name, value in (("variant", variant), ("stage", stage)) if value is not None}

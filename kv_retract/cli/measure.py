@@ -30,6 +30,15 @@ Arms = Annotated[
         "Default: none, mask and shift.",
     ),
 ]  # fmt: skip
+Document = Annotated[Path | None, typer.Option(help="Also write the JSON document to this new file.")]
+Workers = Annotated[int, typer.Option(min=1, help="Processes that share the work.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Repetitions that count; the median is reported.")]
+Lengths = Annotated[list[int] | None, typer.Option(help="Tokens of the traces; repeatable. Default: 256, 1024, 2048.")]
+FirstSeed = Annotated[int, typer.Option(min=0, help="Of the first trace.")]
+_Run = Callable[[Any], Any]
+"""Takes what a progress bar is told with; returns a JSON-able document."""
+_Print = Callable[[Any, Any], None]
+"""Takes that document and a console."""
 ResultsFolder = Annotated[
     Path | None, typer.Option(help="Folder for results, which must be new. Default: runs/replay-TIME.")
 ]
@@ -82,11 +91,11 @@ def bench_edit(
     depth: Annotated[float, typer.Option(min=0, max=1, help="Where the span begins, 0 to 1.")] = 0.1,
     arm: Annotated[list[str] | None, typer.Option("--arm", "-a", help="Eraser; repeatable. Default: all.")] = None,
     model: Model = "random-256",
-    repeats: Annotated[int, typer.Option(min=1, help="Repetitions that count; the median is reported.")] = 7,
+    repeats: Repeats = 7,
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: DtypeOption = Dtype.FLOAT32,
-    out: Annotated[Path | None, typer.Option(help="Also write the JSON document to this new file.")] = None,
+    out: Document = None,
     as_json: Json = False,
 ) -> None:
     """Time one edit of a long thread under every eraser, and the next step after it."""
@@ -116,11 +125,11 @@ def bench_latency(
         typer.Option("--arm", "-a", help="Eraser; repeatable. Default: recompute, shift, repair and kveraser."),
     ] = None,
     model: Model = "reference",
-    repeats: Annotated[int, typer.Option(min=1, help="Repetitions that count; the median is reported.")] = 20,
+    repeats: Repeats = 20,
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: DtypeOption = Dtype.FLOAT32,
-    out: Annotated[Path | None, typer.Option(help="Also write the JSON document to this new file.")] = None,
+    out: Document = None,
     as_json: Json = False,
 ) -> None:
     """Time edits of threads of several lengths: how the cost grows, and how much faster than recomputation it is."""
@@ -151,7 +160,7 @@ def bench_shared(
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: DtypeOption = Dtype.FLOAT32,
-    out: Annotated[Path | None, typer.Option(help="Also write the JSON document to this new file.")] = None,
+    out: Document = None,
     as_json: Json = False,
 ) -> None:
     """Time the edit of one document that many threads share: of the first thread, and of each that follows."""
@@ -174,13 +183,11 @@ def eval_reference(
         Path | None, typer.Option(help="Folder for results, which must be new. Default: runs/eval-TIME.")
     ] = None,
     family: Annotated[list[str] | None, typer.Option(help="Task family; repeatable. Default: all.")] = None,
-    length: Annotated[
-        list[int] | None, typer.Option(help="Tokens of the traces; repeatable. Default: 256, 1024, 2048.")
-    ] = None,
+    length: Lengths = None,
     n: Annotated[int, typer.Option("--n", min=1, help="Traces per family and length.")] = 24,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that share the work.")] = 1,
+    workers: Workers = 1,
     split: SplitOption = "test",
-    seed: Annotated[int, typer.Option(min=0, help="Of the first trace.")] = 0,
+    seed: FirstSeed = 0,
     device: Device = "cpu",
     dtype: DtypeOption = Dtype.FLOAT32,
     as_json: Json = False,
@@ -189,19 +196,13 @@ def eval_reference(
     from ..evals.console import print_reference
     from ..evals.reference import LENGTHS, ReferenceEval
     from ..evals.reference import eval_reference as run
-    from ..evals.results import dump
 
     out = out or Path("runs") / f"eval-{now()}"
     settings = ReferenceEval(
         out=out, model=model, families=tuple(family or ()), lengths=tuple(length or LENGTHS), n=n, split=split,
         seed=seed, device=device, dtype=dtype.value, workers=workers,
     )  # fmt: skip
-    with progress_bar("traces") as tick:
-        metrics = run(settings, progress=tick)
-    if as_json:
-        print(dump(metrics))
-    else:
-        print_reference(metrics, console())
+    _show(lambda tick: run(settings, progress=tick), "traces", print_reference, as_json)
 
 
 def eval_erasers(
@@ -210,17 +211,15 @@ def eval_erasers(
         Path | None, typer.Option(help="Folder for results, which must be new. Default: runs/erasers-TIME.")
     ] = None,
     tasks: Annotated[list[str] | None, typer.Option("--task", help="Task family; repeatable. Default: all.")] = None,
-    length: Annotated[
-        list[int] | None, typer.Option(help="Tokens of the traces; repeatable. Default: 256, 1024, 2048.")
-    ] = None,
+    length: Lengths = None,
     arm: Annotated[
         list[str] | None,
         typer.Option("--arm", "-a", help="Eraser, also with parameters; repeatable. Default: all of the project's."),
     ] = None,
     n: Annotated[int, typer.Option("--n", min=1, help="Traces per task and length.")] = 12,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that share the work.")] = 1,
+    workers: Workers = 1,
     split: SplitOption = "test",
-    seed: Annotated[int, typer.Option(min=0, help="Of the first trace.")] = 0,
+    seed: FirstSeed = 0,
     device: Device = "cpu",
     dtype: DtypeOption = Dtype.FLOAT32,
     as_json: Json = False,
@@ -229,7 +228,6 @@ def eval_erasers(
     from ..evals.console import print_erasers
     from ..evals.erasers import ARMS, LENGTHS, EraserEval
     from ..evals.erasers import eval_erasers as run
-    from ..evals.results import dump
     from ..evals.specs import parse_specs
 
     settings = EraserEval(
@@ -237,12 +235,7 @@ def eval_erasers(
         lengths=tuple(length or LENGTHS), arms=tuple(parse_specs(arm)) if arm else ARMS, n=n, workers=workers,
         split=split, seed=seed, device=device, dtype=dtype.value,
     )  # fmt: skip
-    with progress_bar("traces") as tick:
-        metrics = run(settings, progress=tick)
-    if as_json:
-        print(dump(metrics))
-    else:
-        print_erasers(metrics, console())
+    _show(lambda tick: run(settings, progress=tick), "traces", print_erasers, as_json)
 
 
 def eval_repeated(
@@ -257,7 +250,7 @@ def eval_repeated(
         list[str] | None, typer.Option("--arm", "-a", help="Eraser; repeatable. Default: mask, recompute, kveraser.")
     ] = None,
     n: Annotated[int, typer.Option("--n", min=1, help="Threads per number of retractions.")] = 4,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that share the work.")] = 1,
+    workers: Workers = 1,
     split: SplitOption = "test",
     seed: Annotated[int, typer.Option(min=0, help="Of the first thread.")] = 0,
     device: Device = "cpu",
@@ -266,22 +259,16 @@ def eval_repeated(
 ) -> None:
     """Retract many facts of one thread, one after the other and at once, and see what is left of the others."""
     from ..evals.console import print_repeated
-    from ..evals.repeated import ARMS, RepeatedEval
+    from ..evals.repeated import ARMS, EDITS, RepeatedEval
     from ..evals.repeated import eval_repeated as run
-    from ..evals.results import dump
     from ..evals.specs import parse_specs
 
     settings = RepeatedEval(
-        out=out or Path("runs") / f"repeated-{now()}", model=model, edits=tuple(edits or (1, 4, 16, 64)), n=n,
+        out=out or Path("runs") / f"repeated-{now()}", model=model, edits=tuple(edits or EDITS), n=n,
         arms=tuple(parse_specs(arm)) if arm else ARMS, split=split, seed=seed, device=device, dtype=dtype.value,
         workers=workers,
     )  # fmt: skip
-    with progress_bar("threads") as tick:
-        metrics = run(settings, progress=tick)
-    if as_json:
-        print(dump(metrics))
-    else:
-        print_repeated(metrics, console())
+    _show(lambda tick: run(settings, progress=tick), "threads", print_repeated, as_json)
 
 
 def demo(model: Model = "reference", device: Device = "cpu", dtype: DtypeOption = Dtype.FLOAT32) -> None:
@@ -295,17 +282,29 @@ def demo(model: Model = "reference", device: Device = "cpu", dtype: DtypeOption 
     tell(run_story(loaded, engine), loaded.quality_note, console())
 
 
-def _bench(run: Callable[[Any], Any], show: Callable[[Any, Any], None], out: Path | None, as_json: bool) -> None:
+def _bench(run: _Run, show: _Print, out: Path | None, as_json: bool) -> None:
     """Run a benchmark and write its document where it was asked for."""
-    from ..evals.results import check_new, dump, write_new_json
+    from ..evals.results import check_new, write_new_json
 
     if out is not None:
         check_new(out)  # before minutes of work
-    with progress_bar("edits") as tick:
+
+    def run_and_write(tick: Any) -> Any:
         document = run(tick)
-    if out is not None:
-        write_new_json(out, document)
+        if out is not None:
+            write_new_json(out, document)
+        return document
+
+    _show(run_and_write, "edits", show, as_json)
+
+
+def _show(run: _Run, unit: str, show: _Print, as_json: bool) -> None:
+    """Run something under a progress bar and print what it returns, as JSON or as `show` does."""
+    from ..evals.results import dump
+
+    with progress_bar(unit) as tick:
+        found = run(tick)
     if as_json:
-        print(dump(document))
+        print(dump(found))
     else:
-        show(document, console())
+        show(found, console())

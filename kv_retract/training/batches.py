@@ -15,6 +15,7 @@ from ..engine.working import additive_mask
 from .config import ReferenceConfig
 from .corpus import generate, training_families
 from .encoding import IntArray, Row, RowEncoder, choose_spans
+from .texts import draw_text, piece_of
 
 GROUP = 4
 """Batches whose rows are drawn together and sorted by length."""
@@ -95,9 +96,7 @@ def _group(
 
 def _piece(texts: Sequence[IntArray], length: int, rng: random.Random) -> Row:
     """Return a piece of a text, every token of all texts as likely to be in it; shorter where the text is."""
-    text = rng.choices(texts, weights=[len(text) for text in texts])[0]
-    start = rng.randrange(max(1, len(text) - length + 1))
-    ids = text[start : start + length]
+    ids = piece_of(draw_text(texts, rng), length, rng)
     return Row(ids, np.zeros(len(ids), np.bool_), np.full(len(ids), -1))
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from pathlib import Path
 
 from ..errors import KVRetractError, TraceError
 from ..trace import Trace, read_traces
-from .encoding import thread_text
+from .encoding import IntArray, thread_text
 
 
 class TextError(KVRetractError, ValueError):
@@ -48,6 +49,17 @@ def check_texts(texts: Sequence[str], wanted: str) -> str:
             "in the same order, or empty text_digest in the configuration"
         )
     return digest
+
+
+def draw_text(texts: Sequence[IntArray], rng: random.Random) -> IntArray:
+    """Draw one of some encoded texts, a longer one the more likely."""
+    return rng.choices(texts, weights=[len(text) for text in texts])[0]
+
+
+def piece_of(text: IntArray, length: int, rng: random.Random) -> IntArray:
+    """Draw `length` tokens in a row of an encoded text; all of it where it is shorter."""
+    start = rng.randrange(max(1, len(text) - length + 1))
+    return text[start : start + length]
 
 
 def _texts_of(path: Path) -> list[str]:

@@ -87,7 +87,7 @@ def test_the_document_says_what_was_measured(document):
 
 def test_settings_reach_every_benchmark(monkeypatch, document):
     seen, real = [], module.bench_edit
-    monkeypatch.setattr(module, "bench_edit", lambda settings: seen.append(settings) or real(settings))
+    monkeypatch.setattr(module, "bench_edit", lambda settings, **kw: seen.append(settings) or real(settings, **kw))
     bench_latency(
         LatencyBench(
             contexts=(80, 64), depths=(0.25,), span=4, arms=(Spec("mask"),), model="random", repeats=2, seed=7,

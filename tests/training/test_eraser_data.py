@@ -14,7 +14,9 @@ from kv_retract.testing.erasers import thread_ids
 from kv_retract.testing.models import tiny_model
 from kv_retract.training.corpus import training_families
 from kv_retract.training.edits import EditRow, Query
-from kv_retract.training.eraser import AHEAD, EraserTraining, draw_edit, edit_batches, measure, validation_of
+from kv_retract.training.eraser import measure, validation_of
+from kv_retract.training.eraser_batches import AHEAD, draw_edit, edit_batches
+from kv_retract.training.eraser_config import EraserTraining
 
 CONFIG = EraserTraining()
 ASKED = thread_ids(5, seed=7)

@@ -10,7 +10,8 @@ from kv_retract.engine.support import inspect_model
 from kv_retract.erasers.kveraser import VARIANTS, KVEraserConfig
 from kv_retract.erasers.kveraser.model import new_net
 from kv_retract.training.edits import edit_of_text
-from kv_retract.training.eraser import EraserTraining, draw_edit
+from kv_retract.training.eraser_batches import draw_edit
+from kv_retract.training.eraser_config import EraserTraining
 from kv_retract.training.steering import collate_edits, edit_loss, student_logits, teacher_logits
 
 WEIGHTS = EraserTraining().weights

@@ -1,0 +1,72 @@
+"""Batches of threads with spans to erase: of real text in stage 1, of the corpus in stage 2."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+
+from .corpus import generate, training_families
+from .edits import EditRow, edit_of_sample, edit_of_text
+from .encoding import IntArray, RowEncoder, choose_spans
+from .eraser_config import EraserTraining
+from .steering import EditBatch, collate_edits
+from .texts import draw_text, piece_of
+
+AHEAD = 48
+"""Tokens of a continuation, and of a span's neighbors at most."""
+
+
+def edit_batches(
+    config: EraserTraining, encoder: RowEncoder, texts: Sequence[IntArray], *, start: int = 0
+) -> Iterator[EditBatch]:
+    """Yield the batches from step `start` on, `accumulate` each; they depend on configuration, texts and step only."""
+    for number in range(start * config.accumulate, config.steps * config.accumulate):
+        step, rng = number // config.accumulate, random.Random(f"eraser/{config.seed}/{number}")
+        longest = max(length for begin, length in config.lengths if step >= begin * config.steps)
+        length = max(200, int(longest * rng.choice((0.5, 0.75, 1.0))))
+        pretrain = step < config.first_stage_steps
+        rows = []
+        for _ in range(max(1, config.batch_tokens // length)):
+            is_text = pretrain or rng.random() < config.text_share
+            rows.append(
+                _text_row(config, encoder, texts, length, rng) if is_text else draw_edit(config, encoder, length, rng)
+            )
+        yield collate_edits(rows, weights=config.weights)
+
+
+def draw_edit(
+    config: EraserTraining, encoder: RowEncoder, length: int, rng: random.Random, *, families: Sequence[str] = ()
+) -> EditRow:
+    """Draw a thread of the corpus, spans of it to be erased together, and probes of both kinds."""
+    while True:
+        sample = generate(
+            rng.choice(families or training_families()), seed=rng.randrange(10**9), length=length,
+            tokens=encoder.length, size=rng.randint(2, max(3, min(12, length // 60))),
+            mentions=rng.choice((0.5, 0.8, 1.0)),
+        )  # fmt: skip
+        possible = sorted(choose_spans(sample, rng, share=1.0))
+        spans = set(rng.sample(possible, min(len(possible), rng.randint(1, config.most_spans))))
+        affected = [probe for probe in sample.probes if spans & set(probe.without)]
+        others = [probe for probe in sample.probes if not spans & set(probe.without)]
+        if spans and all(len(spans & set(probe.without)) == 1 for probe in affected):
+            break
+    rng.shuffle(affected)
+    rng.shuffle(others)
+    affected = affected[: max(1, config.most_probes // 2)]
+    probes = affected + others[: config.most_probes - len(affected)]
+    return edit_of_sample(encoder, sample, probes, spans, with_tools=rng.random() < 0.3)
+
+
+def _text_row(
+    config: EraserTraining, encoder: RowEncoder, texts: Sequence[IntArray], length: int, rng: random.Random
+) -> EditRow:
+    """Return a piece of a real text, or of a thread of the corpus where there is none and half of the time."""
+    long = [text for text in texts if len(text) >= 3 * AHEAD]
+    if long and rng.random() < 0.5:
+        text = draw_text(long, rng)
+    else:
+        sample = generate(
+            rng.choice(training_families()), seed=rng.randrange(10**9), length=length + 200, tokens=encoder.length
+        )
+        text = encoder.thread(sample, with_tools=False)[0]
+    return edit_of_text(piece_of(text, length, rng), rng, most_spans=config.most_spans, ahead=AHEAD)
