@@ -18,7 +18,7 @@ REPLAY = $(BIN)/kv-retract replay $(1) --policy tool_error --policy superseded \
 TRACES ?= 6
 DOCUMENTS ?= 20
 LENGTHS := --length 256 --length 1024 --length 2048 --length 4096
-LATENCY ?= --context 1024 --context 4096 --context 16384 --repeats 20
+LATENCY ?= --context 1024 --context 4096 --context 8192 --repeats 5
 EVAL = $(BIN)/kv-retract eval $(1) $(2) --workers $(WORKERS) --out runs/results/$(3) && \
 	mkdir -p evals/results/$(3) && cp runs/results/$(3)/metrics.json evals/results/$(3)/
 IN_DOMAIN := --task errors --task facts --task injections --task needles --task preferences --task relations --task updates
@@ -71,7 +71,7 @@ results: $(STAMP)  ## measure anew what the README's tables show; MORE names the
 	@$(call EVAL,reference,--split test --n $(TRACES) --length 256 --length 1024,reference-test)
 	@$(call EVAL,erasers,--split train $(IN_DOMAIN) --n $(TRACES) $(LENGTHS),erasers)
 	@$(call EVAL,erasers,--task documents --n $(DOCUMENTS) --length 512 --length 1024 --length 2048,erasers-documents)
-	@$(call EVAL,repeated,,repeated) && cp runs/results/repeated/repeated.svg evals/results/repeated/
+	@$(call EVAL,repeated,--edits 1 --edits 4 --edits 16 --n 2,repeated) && cp runs/results/repeated/repeated.svg evals/results/repeated/
 	@$(BIN)/kv-retract bench latency $(LATENCY) --out runs/results/latency.json
 	@$(BIN)/kv-retract bench shared --out runs/results/shared.json
 	@cp runs/results/latency.json runs/results/shared.json evals/results/

@@ -19,6 +19,8 @@ from .eraser_tables import (
     erasers_table,
     extraction_table,
     kinds_table,
+    latency_table,
+    repeated_table,
     shared_table,
 )
 from .report import number
@@ -164,6 +166,8 @@ TABLES: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "erasers-kinds": ("erasers/metrics.json", kinds_table),
     "erasers-documents": ("erasers-documents/metrics.json", erasers_table),
     "extraction": ("erasers/metrics.json", extraction_table),
+    "latency": ("latency.json", latency_table),
+    "repeated": ("repeated/metrics.json", repeated_table),
     "shared": ("shared.json", shared_table),
 }
 """Name to results file and writer."""

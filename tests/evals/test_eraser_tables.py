@@ -104,7 +104,7 @@ def shared():
 
 DATA = {
     "erasers": erasers, "erasers-kinds": erasers, "erasers-documents": erasers, "extraction": erasers,
-    "shared": shared,
+    "repeated": repeated, "latency": latency, "shared": shared,
 }  # fmt: skip
 
 
