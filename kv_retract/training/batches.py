@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..engine.working import additive_mask
-from .config import ReferenceConfig
+from .config import ReferenceConfig, longest_at
 from .corpus import generate, training_families
 from .encoding import IntArray, Row, RowEncoder, choose_spans
 from .texts import draw_text, piece_of
@@ -62,8 +62,7 @@ def _group(
     config: ReferenceConfig, encoder: RowEncoder, rng: random.Random, texts: Sequence[IntArray], progress: float
 ) -> list[Batch]:
     """Return batches of rows of about the same length, so that little is padding, in random order."""
-    longest = max(length for begin, length in config.lengths if progress >= begin)
-    length = max(96, int(longest * rng.choice((0.4, 0.6, 0.8, 1.0, 1.0))))
+    length = max(96, int(longest_at(config.lengths, progress) * rng.choice((0.4, 0.6, 0.8, 1.0, 1.0))))
     first = progress < config.notes_first
     notes = first or rng.random() < config.notes_share
     text_weight = config.text_weight * (min(1.0, 0.1 + 0.9 * progress / config.text_from) if config.text_from else 1.0)

@@ -80,8 +80,13 @@ def edit_of_sample(
     return EditRow(thread, tuple(spans), tuple(queries))
 
 
+def log_uniform(most: int, rng: random.Random) -> int:
+    """Draw a number from 1 to `most`, each power of two about as likely as the next: few as likely as many."""
+    return min(most, int(math.exp(rng.uniform(0, math.log(most + 1)))))
+
+
 def edit_of_text(
-    text: IntArray, rng: random.Random, *, most_spans: int = 3, longest: int = 64, ahead: int = 48
+    text: IntArray, rng: random.Random, *, most_spans: int = 3, longest: int = 512, ahead: int = 48
 ) -> EditRow:
     """Return a text with random spans to be erased: span-neighbor pre-training (arXiv 2606.17034).
 
@@ -91,7 +96,7 @@ def edit_of_text(
         text: token ids; at least 3 * `ahead` of them.
         rng: where chance comes from.
         most_spans: spans at most.
-        longest: tokens of a span at most; short ones are as likely as long ones on a logarithmic scale.
+        longest: tokens of a span at most, and an eighth of the text.
         ahead: tokens of the continuation, and of neighbors at most.
 
     Raises:
@@ -103,8 +108,8 @@ def edit_of_text(
         raise ValueError(f"expected a text of at least {3 * ahead} tokens, got {len(text)}")
     thread, continuation = text[:-ahead], text[-ahead - 1 :]
     spans: list[Interval] = []
-    for _ in range(rng.randint(1, most_spans)):
-        length = min(longest, max(1, len(thread) // 8), int(math.exp(rng.uniform(0, math.log(longest + 1)))))
+    for _ in range(log_uniform(most_spans, rng)):
+        length = log_uniform(min(longest, max(1, len(thread) // 8)), rng)
         start = rng.randrange(len(thread) - length - 2)
         if all(start + length < a or b < start for a, b in spans):
             spans.append((start, start + length))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from ..engine.working import fingerprint_of
 from ..erasers.kveraser.config import KVEraserConfig
 from ..erasers.kveraser.model import new_net
 from .checkpoint import RunFolder
-from .config import ConfigError
+from .config import ConfigError, steps_of
 from .corpus import training_families
 from .edits import EditRow
 from .encoding import RowEncoder
@@ -30,6 +31,8 @@ from .trainer import LoopConfig, train
 
 BEST = "best"
 """Folder of the eraser with the lowest divergence in a validation."""
+VALIDATION_LENGTHS = (300, 1500)
+"""Tokens of the threads of a validation: what is best on short ones alone leaks on long ones (evals/LOG.md)."""
 
 
 @torch.no_grad()
@@ -39,7 +42,7 @@ def measure(model: Any, net: Any, rows: Sequence[EditRow], config: EraserTrainin
     Returns:
         `kl`: the loss. `affected`, `unaffected`: share of queries whose every token is the most likely one. `leak`:
         share of affected ones where the retracted answer is likelier than any other at the first token in which it
-        differs. `teacher`: affected ones that full recomputation gets right.
+        differs. `teacher_affected`, `teacher_unaffected`: what full recomputation gets right of both.
     """
     counts: dict[str, list[float]] = {}
     for row in rows:
@@ -50,13 +53,14 @@ def measure(model: Any, net: Any, rows: Sequence[EditRow], config: EraserTrainin
         for query in row.queries:
             ids = torch.from_numpy(query.ids)
             span = slice(at + query.first - 1, at + len(query.ids) - 1)
-            counts.setdefault(query.kind, []).append(float((best[span] == ids[query.first :]).all()))
+            right, told = (float((tokens[span] == ids[query.first :]).all()) for tokens in (best, wanted))
+            counts.setdefault(query.kind, []).append(right)
+            counts.setdefault(f"teacher_{query.kind}", []).append(told)
             if query.lost is not None:
                 lost = torch.from_numpy(query.lost)
                 shared = min(len(lost), len(ids) - query.first)
                 differs = int((lost[:shared] != ids[query.first :][:shared]).nonzero()[0])
                 counts.setdefault("leak", []).append(float(best[span.start + differs] == lost[differs]))
-                counts.setdefault("teacher", []).append(float((wanted[span] == ids[query.first :]).all()))
             at += len(query.ids)
     return {name: round(sum(values) / len(values), 4) for name, values in counts.items()}
 
@@ -68,8 +72,8 @@ def train_eraser(
     *,
     texts: Sequence[str] = (),
     seconds: float | None = None,
-    validation: int = 8,
-    validate_every: int = 100,
+    validation: int = 6,
+    validate_every: int = 200,
     progress: Callable[[int, int | None], None] = lambda done, total: None,
 ) -> int:
     """Train an eraser for a model, or go on with a run that was stopped; write it to `out/eraser` once it is finished.
@@ -80,7 +84,7 @@ def train_eraser(
         out: folder of the run: `config.json`, `log.jsonl`, `state.pt`, `eraser/`.
         texts: real text for stage 1; without any, only threads of the corpus. A run goes on with the same only.
         seconds: stop with a checkpoint after so long; calling again goes on.
-        validation: threads per family in a validation; 0: none.
+        validation: threads per family and length (`VALIDATION_LENGTHS`) in a validation; 0: none.
         validate_every: steps between validations.
         progress: called with steps done and steps in all.
 
@@ -101,7 +105,6 @@ def train_eraser(
             f"{fingerprint}; empty its field base to train on another model"
         )
     config = replace(config, text_digest=check_texts(texts, config.text_digest), base=fingerprint)
-    model.requires_grad_(False)
     _, rotary = inspect_model(model, name=loaded.name)
     encoder = encoder_for(loaded.tokenizer)
     ids = [encoder.ids(text) for text in texts]
@@ -129,23 +132,24 @@ def train_eraser(
         scores = _validations(folder)
         return bool(config.patience and scores) and len(scores) - 1 - scores.index(min(scores)) >= config.patience
 
-    done = train(
-        list(net.parameters()),
-        lambda step: edit_batches(config, encoder, ids, start=step),
-        step_of,
-        LoopConfig(
-            steps=config.steps, learning_rate=config.learning_rate, warmup=config.warmup, weight_decay=0.0,
-            accumulate=config.accumulate,
-        ),
-        folder,
-        state=net.state_dict,
-        restore=net.load_state_dict,
-        validate=validate if validation else None,
-        validate_every=validate_every,
-        stop=stop,
-        seconds=seconds,
-        progress=progress,
-    )  # fmt: skip
+    with _frozen(model):
+        done = train(
+            list(net.parameters()),
+            lambda step: edit_batches(config, encoder, ids, start=step),
+            step_of,
+            LoopConfig(
+                steps=config.steps, learning_rate=config.learning_rate, warmup=config.warmup, weight_decay=0.0,
+                restarts=steps_of(config.restarts, config.steps), accumulate=config.accumulate,
+            ),
+            folder,
+            state=net.state_dict,
+            restore=net.load_state_dict,
+            validate=validate if validation else None,
+            validate_every=validate_every,
+            stop=stop,
+            seconds=seconds,
+            progress=progress,
+        )  # fmt: skip
     if done == config.steps or stop():
         if (out / BEST).is_dir():
             shutil.copytree(out / BEST, out / "eraser", dirs_exist_ok=True)
@@ -155,16 +159,35 @@ def train_eraser(
 
 
 def validation_of(
-    model: Any, net: Any, config: EraserTraining, encoder: RowEncoder, rotary: Any, *, n: int, length: int = 300
+    model: Any,
+    net: Any,
+    config: EraserTraining,
+    encoder: RowEncoder,
+    rotary: Any,
+    *,
+    n: int,
+    lengths: Sequence[int] = VALIDATION_LENGTHS,
 ) -> dict[str, dict[str, float]]:
-    """Measure an eraser on `n` new threads of each family; name of `measure` to family to value."""
+    """Measure an eraser on `n` new threads of each family and length; name of `measure` to family to value."""
     found: dict[str, dict[str, float]] = {}
     for family in training_families():
         rng = random.Random(f"validation/{family}")
-        rows = [draw_edit(config, encoder, length, rng, families=(family,)) for _ in range(n)]
+        rows = [draw_edit(config, encoder, length, rng, families=(family,)) for length in lengths for _ in range(n)]
         for name, value in measure(model, net, rows, config, rotary).items():
             found.setdefault("validation_kl" if name == "kl" else name, {})[family] = value
     return found
+
+
+@contextmanager
+def _frozen(model: Any) -> Iterator[None]:
+    """Keep gradients from a model's parameters."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def _validations(folder: RunFolder) -> list[float]:

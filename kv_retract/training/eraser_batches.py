@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 
+from .config import longest_at
 from .corpus import generate, training_families
-from .edits import EditRow, edit_of_sample, edit_of_text
+from .edits import EditRow, edit_of_sample, edit_of_text, log_uniform
 from .encoding import IntArray, RowEncoder, choose_spans
 from .eraser_config import EraserTraining
 from .steering import EditBatch, collate_edits
@@ -14,6 +15,8 @@ from .texts import draw_text, piece_of
 
 AHEAD = 48
 """Tokens of a continuation, and of a span's neighbors at most."""
+MOST_FACTS = 24
+"""What a thread of the corpus is about, at most: enough to take many back and to keep others."""
 
 
 def edit_batches(
@@ -22,8 +25,7 @@ def edit_batches(
     """Yield the batches from step `start` on, `accumulate` each; they depend on configuration, texts and step only."""
     for number in range(start * config.accumulate, config.steps * config.accumulate):
         step, rng = number // config.accumulate, random.Random(f"eraser/{config.seed}/{number}")
-        longest = max(length for begin, length in config.lengths if step >= begin * config.steps)
-        length = max(200, int(longest * rng.choice((0.5, 0.75, 1.0))))
+        length = max(200, int(longest_at(config.lengths, step / config.steps) * rng.choice((0.25, 0.5, 1.0))))
         pretrain = step < config.first_stage_steps
         rows = []
         for _ in range(max(1, config.batch_tokens // length)):
@@ -41,11 +43,11 @@ def draw_edit(
     while True:
         sample = generate(
             rng.choice(families or training_families()), seed=rng.randrange(10**9), length=length,
-            tokens=encoder.length, size=rng.randint(2, max(3, min(12, length // 60))),
+            tokens=encoder.length, size=rng.randint(2, max(3, min(MOST_FACTS, length // 60))),
             mentions=rng.choice((0.5, 0.8, 1.0)),
         )  # fmt: skip
         possible = sorted(choose_spans(sample, rng, share=1.0))
-        spans = set(rng.sample(possible, min(len(possible), rng.randint(1, config.most_spans))))
+        spans = set(rng.sample(possible, min(len(possible), log_uniform(config.most_spans, rng))))
         affected = [probe for probe in sample.probes if spans & set(probe.without)]
         others = [probe for probe in sample.probes if not spans & set(probe.without)]
         if spans and all(len(spans & set(probe.without)) == 1 for probe in affected):

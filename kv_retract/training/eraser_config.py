@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..erasers.kveraser.config import VARIANTS, Variant
-from .config import ConfigError, read_json_config
+from .config import ConfigError, check_lengths, check_restarts, read_json_config
 
 Stage = Literal["pretrain", "finetune", "both"]
 
@@ -22,25 +22,28 @@ class EraserTraining:
     scale: float = 2.0
     hidden: int = 128
     seed: int = 0
-    pretrain_steps: int = 100
+    pretrain_steps: int = 150
     """Optimizer steps of span-neighbor pre-training on text, stage 1 of KVEraser."""
-    finetune_steps: int = 700
+    finetune_steps: int = 1350
     """Of task-specific fine-tuning on the corpus, stage 2."""
     batch_tokens: int = 2048
     """Tokens of the threads of a batch."""
     accumulate: int = 1
     """Batches of an optimizer step."""
-    lengths: tuple[tuple[float, int], ...] = ((0.0, 256), (0.4, 512), (0.65, 1024), (0.88, 2048))
+    lengths: tuple[tuple[float, int], ...] = ((0.0, 512), (0.1, 1024), (0.3, 2048), (0.6, 4096))
     """From this share of the steps on, threads are up to so many tokens long."""
     learning_rate: float = 2e-3
+    restarts: tuple[tuple[float, float], ...] = ()
+    """From such a share of the steps on, warm-up and cosine begin again, with this learning rate at the highest."""
     warmup: int = 30
-    affected_weight: float = 4.0
+    affected_weight: float = 2.0
     """Weight of what a span affects, beside 1 for what must stay as it is."""
     text_share: float = 0.15
     """Share of rows of stage 1 during stage 2."""
-    most_spans: int = 3
-    """Spans that are erased together, at most."""
-    most_probes: int = 6
+    most_spans: int = 16
+    """Spans that are erased together, at most; few are as likely as many."""
+    most_probes: int = 12
+    """Per thread; at most half of them are affected."""
     patience: int = 0
     """Stop early after so many validations without a new best one; 0: never. The best one is kept in any case."""
     text_digest: str = ""
@@ -54,8 +57,8 @@ class EraserTraining:
             raise ConfigError(f"expected a variant of {', '.join(VARIANTS)}, got {self.variant!r}")
         if self.stage not in get_args(Stage):
             raise ConfigError(f"expected a stage of {', '.join(get_args(Stage))}, got {self.stage!r}")
-        if not self.lengths or min(begin for begin, _ in self.lengths) > 0:
-            raise ConfigError("expected lengths that begin at 0")
+        check_lengths(self.lengths)
+        check_restarts(self.restarts)
         sizes = ("rank", "hidden", "steps", "batch_tokens", "accumulate", "most_spans", "most_probes")
         if small := [name for name in sizes if getattr(self, name) < 1]:
             raise ConfigError(f"expected {', '.join(small)} of at least 1")

@@ -17,7 +17,7 @@ from ..engine.models import check_device
 from ..reference import MODEL_DIR
 from .batches import Batch, batches, collate
 from .checkpoint import RunFolder
-from .config import ReferenceConfig
+from .config import ReferenceConfig, steps_of
 from .corpus import generate, training_families
 from .encoding import RowEncoder
 from .families import FAMILIES
@@ -209,6 +209,7 @@ def train_reference(
         lambda batch: loss_of(model, batch, dtype=dtype, decoder=decoder),
         LoopConfig(
             steps=config.steps, learning_rate=config.learning_rate, warmup=config.warmup,
+            restarts=steps_of(config.restarts, config.steps),
             weight_decay=config.weight_decay,
         ),
         folder,

@@ -23,6 +23,9 @@ class LoopConfig:
 
     steps: int
     learning_rate: float
+    restarts: tuple[tuple[int, float], ...] = ()
+    """Steps, in order, from which on warm-up and cosine begin again, each with the learning rate it rises to (warm
+    restarts: arXiv 1608.03983)."""
     warmup: int = 200
     weight_decay: float = 0.02
     betas: tuple[float, float] = (0.9, 0.98)
@@ -78,7 +81,7 @@ def train(
     stopped = stop()
     while done < config.steps and not stopped:
         for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * schedule(done, config.steps, config.warmup)
+            group["lr"] = rate_at(done, config)
         for _ in range(config.accumulate):
             loss, numbers = step_of(next(source))
             (loss / config.accumulate).backward()
@@ -130,6 +133,15 @@ def _resume(
             f"the state in {str(folder.path)!r} is not one of this model: {error}; remove it to begin anew"
         ) from error
     return done
+
+
+def rate_at(step: int, config: LoopConfig) -> float:
+    """Return the learning rate of a step."""
+    cycles = ((0, config.learning_rate), *config.restarts)
+    number = max(i for i, (begin, _) in enumerate(cycles) if begin <= step)
+    begin, highest = cycles[number]
+    end = cycles[number + 1][0] if number + 1 < len(cycles) else config.steps
+    return highest * schedule(step - begin, end - begin, config.warmup)
 
 
 def schedule(step: int, steps: int, warmup: int) -> float:

@@ -5,15 +5,34 @@ import json
 import pytest
 
 from kv_retract.errors import KVRetractError
-from kv_retract.training.config import ConfigError, ReferenceConfig, read_config
+from kv_retract.training.config import ConfigError, ReferenceConfig, longest_at, read_config, steps_of
 
 
 def test_no_file_means_the_defaults():
     assert read_config(None) == ReferenceConfig()
 
 
+def test_what_is_in_force_at_a_share_of_the_steps():
+    lengths = ((0.0, 100), (0.5, 400), (0.75, 200))
+    assert [longest_at(lengths, share) for share in (0.0, 0.49, 0.5, 0.74, 0.75, 0.99)] == [
+        100,
+        100,
+        400,
+        400,
+        200,
+        200,
+    ]
+    assert steps_of(((0.29, 1e-3), (0.8, 1e-4)), 100) == ((29, 1e-3), (80, 1e-4)), "29 is above 0.29 * 100 in floats"
+
+
 def test_a_configuration_survives_json(tmp_path):
-    config = ReferenceConfig(hidden_size=64, lengths=((0.0, 96), (0.5, 200)), families=("facts", "errors"), seed=3)
+    config = ReferenceConfig(
+        hidden_size=64,
+        lengths=((0.0, 96), (0.5, 200)),
+        restarts=((0.5, 1e-4), (0.75, 1e-5)),
+        families=("facts", "errors"),
+        seed=3,
+    )
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config.to_json()))
     assert read_config(path) == config
@@ -36,6 +55,11 @@ def test_a_configuration_survives_json(tmp_path):
         ('{"lengths": [[0]]}', "expected a JSON object"),
         ('{"lengths": []}', "lengths that begin at 0"),
         ('{"lengths": [[0.5, 100]]}', "lengths that begin at 0"),
+        ('{"lengths": [[0, 100], [0.5, 200], [0.4, 300]]}', "ascending shares"),
+        ('{"restarts": 5}', "not iterable"),
+        ('{"restarts": [[0, 1e-4]]}', "restarts at ascending shares"),
+        ('{"restarts": [[0.6, 1e-4], [0.5, 1e-4]]}', "restarts at ascending shares"),
+        ('{"restarts": [[0.6, -1]]}', "rates of at least 0"),
         ('{"num_layers": 1}', "at least 2 layers"),
         ('{"head_dim": 33}', "even head_dim"),
         ('{"head_dim": 256}', "even head_dim of 8 to hidden_size"),

@@ -81,7 +81,7 @@ def test_random_spans_of_a_text(length):
             ("neighbor", end, *range(end, stop)) for end, stop in behind if stop - end > 1
         ]
         assert all(q.first == 1 and q.lost is None for q in row.queries)
-    most = min(64, (length - 48) // 8)
+    most = min(512, (length - 48) // 8)
     assert min(lengths) == 1 and most - 4 <= max(lengths) <= most and min(starts) < 9
     assert sum(n <= 8 for n in lengths) >= 7, "short spans are as likely as long ones"
 

@@ -129,7 +129,7 @@ def test_what_is_counted(variant):
         rows.append(EditRow(thread, spans, tuple(answer(kind, ids, sees, lost) for kind, ids, lost in cases)))
     found = measure(model, net, rows, CONFIG, rotary)
     assert found["affected"] == 0.2 and found["unaffected"] == round(1 / 3, 4)
-    assert found["leak"] == 0.6 and found["teacher"] == 0.6
+    assert found["leak"] == 0.6 and found["teacher_affected"] == 0.6 and found["teacher_unaffected"] == 0.0
     assert found["kl"] == pytest.approx(np.mean([divergence(model, row, weights) for row in rows]), abs=1e-3)
 
 
@@ -153,7 +153,14 @@ def test_a_validation_is_the_same_each_time_and_tells_every_family(tiny, model_o
     model = model_of(tiny()).eval()
     net, rotary = new_net(model, KVEraserConfig(variant=variant, rank=2, hidden=4)), inspect_model(model)[1]
     first, second = (validation_of(model, net, CONFIG, encoder, rotary, n=1) for _ in range(2))
-    assert first == second and set(first) == {"validation_kl", "affected", "unaffected", "leak", "teacher"}
+    assert first == second and set(first) == {
+        "validation_kl",
+        "affected",
+        "unaffected",
+        "leak",
+        "teacher_affected",
+        "teacher_unaffected",
+    }
     assert all(set(found) <= set(training_families()) for found in first.values())
     assert set(first["validation_kl"]) == set(first["affected"]) == set(training_families())
     assert len(set(first["validation_kl"].values())) > 1

@@ -88,7 +88,7 @@ def test_a_run_in_pieces_equals_an_uninterrupted_one(run, loaded, tmp_path, vari
     assert any(bool((tensor != 0).any()) for name, tensor in whole.items() if name.startswith(("b.", "w2")))
     for name, tensor in loaded.model.state_dict().items():
         assert torch.equal(tensor, weights[name]), "the base model stays bit by bit"
-    assert all(parameter.grad is None for parameter in loaded.model.parameters())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in loaded.model.parameters())
 
 
 def test_steps_of_several_batches_with_validations_in_pieces(run, tmp_path):
@@ -128,7 +128,15 @@ def test_the_eraser_of_a_finished_run_works(run, loaded, tmp_path, variant):
     engine.check_integrity()
     found = [entry for entry in read_log(out) if "validation_kl" in entry]
     assert [entry["step"] for entry in found] == [3, 6] and len(found[0]["validation_kl"]) == 7
-    assert set(found[0]) == {"step", "validation_kl", "affected", "leak", "unaffected", "teacher"}
+    assert set(found[0]) == {
+        "step",
+        "validation_kl",
+        "affected",
+        "leak",
+        "unaffected",
+        "teacher_affected",
+        "teacher_unaffected",
+    }
 
 
 def test_the_best_validation_is_kept_and_a_run_stops_early(run, tmp_path, monkeypatch):
@@ -163,15 +171,16 @@ def test_a_folder_belongs_to_one_run(run, loaded, tiny, model_of, tmp_path):
 
 def test_configurations(tmp_path):
     path = tmp_path / "config.json"
-    path.write_text(json.dumps({"variant": "kv_map", "hidden": 8, "lengths": [[0, 300]]}))
+    path.write_text(json.dumps({"variant": "kv_map", "hidden": 8, "lengths": [[0, 300]], "restarts": [[0.5, 1e-3]]}))
     assert read_eraser_training(path, stage="finetune") == EraserTraining(
-        variant="kv_map", hidden=8, lengths=((0.0, 300),), stage="finetune"
+        variant="kv_map", hidden=8, lengths=((0.0, 300),), restarts=((0.5, 1e-3),), stage="finetune"
     )
     assert read_eraser_training(None) == EraserTraining()
     for given, told in (
         ({"stage": "third"}, "a stage of pretrain, finetune, both, got 'third'"),
         ({"steps": 3}, "fields of EraserTraining"),
         ({"lengths": ()}, "lengths that begin at 0"),
+        ({"restarts": ((0.0, 1e-3),)}, "restarts at ascending shares"),
         ({"finetune_steps": 0, "pretrain_steps": 0}, "of at least 1"),
     ):
         with pytest.raises(ConfigError, match=told):

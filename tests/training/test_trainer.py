@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kv_retract.training.checkpoint import CheckpointError, RunFolder
-from kv_retract.training.trainer import LoopConfig, schedule, train
+from kv_retract.training.trainer import LoopConfig, rate_at, schedule, train
 
 CONFIG = LoopConfig(steps=12, learning_rate=0.05, warmup=3, log_every=4)
 
@@ -140,6 +140,14 @@ def test_the_schedule():
     falling = [schedule(step, 100, 4) for step in range(3, 101)]
     assert falling == sorted(falling, reverse=True) and min(falling) > 0.02
     assert all(0 < schedule(step, 10, 200) <= 1 for step in range(10)), "all of a short run is warm-up"
+
+
+def test_restarts_warm_up_and_fall_again():
+    config = LoopConfig(steps=30, learning_rate=0.1, warmup=2, restarts=((10, 0.04), (20, 0.02)))
+    for first, highest in ((0, 0.1), (10, 0.04), (20, 0.02)):
+        for step in range(10):
+            assert rate_at(first + step, config) == highest * schedule(step, 10, 2)
+    assert rate_at(10, config) == 0.02 and rate_at(9, config) < 0.01, "low at the end of each, half on the first of two"
 
 
 def test_the_learning_rate_follows_the_schedule(tmp_path):
