@@ -16,6 +16,7 @@ REPLAY = $(BIN)/kv-retract replay $(1) --policy tool_error --policy superseded \
 
 # What the reference model answers on traces like those it was trained on, and with names and wordings it never saw.
 TRACES ?= 6
+MANY_TRACES ?= 16
 DOCUMENTS ?= 20
 LENGTHS := --length 256 --length 1024 --length 2048 --length 4096
 LATENCY ?= --context 1024 --context 4096 --context 8192 --repeats 5
@@ -70,6 +71,7 @@ results: $(STAMP)  ## measure anew what the README's tables show; MORE names the
 	@$(call EVAL,reference,--split train --n $(TRACES) $(LENGTHS),reference)
 	@$(call EVAL,reference,--split test --n $(TRACES) --length 256 --length 1024,reference-test)
 	@$(call EVAL,erasers,--split train $(IN_DOMAIN) --n $(TRACES) $(LENGTHS),erasers)
+	@$(call EVAL,erasers,--split train $(IN_DOMAIN) --arm recompute --arm kveraser --n $(MANY_TRACES) $(LENGTHS),erasers-default)
 	@$(call EVAL,erasers,--task documents --n $(DOCUMENTS) --length 512 --length 1024 --length 2048,erasers-documents)
 	@$(call EVAL,repeated,--edits 1 --edits 4 --edits 16 --n 2,repeated) && cp runs/results/repeated/repeated.svg evals/results/repeated/
 	@$(BIN)/kv-retract bench latency $(LATENCY) --out runs/results/latency.json

@@ -163,6 +163,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "reference": ("reference/metrics.json", _reference),
     "reference-test": ("reference-test/metrics.json", _reference),
     "erasers": ("erasers/metrics.json", erasers_table),
+    "erasers-default": ("erasers-default/metrics.json", erasers_table),
     "erasers-kinds": ("erasers/metrics.json", kinds_table),
     "erasers-documents": ("erasers-documents/metrics.json", erasers_table),
     "extraction": ("erasers/metrics.json", extraction_table),
