@@ -69,11 +69,11 @@ results: $(STAMP)  ## measure anew what the README's tables show; MORE names the
 	@cp runs/results/bench-edit.json evals/results/
 	@cp runs/results/replay/metrics.json evals/results/replay-tau-bench/
 	@$(call EVAL,reference,--split train --n $(TRACES) $(LENGTHS),reference)
-	@$(call EVAL,reference,--split test --n $(TRACES) --length 256 --length 1024,reference-test)
+	@$(call EVAL,reference,--split test --n 3 --length 256 --length 1024,reference-test)
 	@$(call EVAL,erasers,--split train $(IN_DOMAIN) --n $(TRACES) $(LENGTHS),erasers)
 	@$(call EVAL,erasers,--split train $(IN_DOMAIN) --arm recompute --arm kveraser --n $(MANY_TRACES) $(LENGTHS),erasers-default)
-	@$(call EVAL,erasers,--task documents --n $(DOCUMENTS) --length 512 --length 1024 --length 2048,erasers-documents)
-	@$(call EVAL,repeated,--edits 1 --edits 4 --edits 16 --n 2,repeated) && cp runs/results/repeated/repeated.svg evals/results/repeated/
+	@$(call EVAL,erasers,--task documents --n $(DOCUMENTS) --length 512 --length 1024,erasers-documents)
+	@$(call EVAL,repeated,--edits 1 --edits 4 --edits 16 --n 4,repeated) && cp runs/results/repeated/repeated.svg evals/results/repeated/
 	@$(BIN)/kv-retract bench latency $(LATENCY) --out runs/results/latency.json
 	@$(BIN)/kv-retract bench shared --out runs/results/shared.json
 	@cp runs/results/latency.json runs/results/shared.json evals/results/
