@@ -19,7 +19,7 @@ TRACES ?= 6
 MANY_TRACES ?= 16
 DOCUMENTS ?= 20
 LENGTHS := --length 256 --length 1024 --length 2048 --length 4096
-LATENCY ?= --context 1024 --context 4096 --context 8192 --repeats 5
+LATENCY ?= --context 1024 --context 4096 --context 8192 --repeats 10
 EVAL = $(BIN)/kv-retract eval $(1) $(2) --workers $(WORKERS) --out runs/results/$(3) && \
 	mkdir -p evals/results/$(3) && cp runs/results/$(3)/metrics.json evals/results/$(3)/
 IN_DOMAIN := --task errors --task facts --task injections --task needles --task preferences --task relations --task updates

@@ -68,7 +68,7 @@ def test_a_step_may_have_several_batches(encoder):
 
 def test_stages(encoder):
     def affected(config):
-        return [bool((batch.weight == 4).any()) for batch in edit_batches(config, encoder, [])]
+        return [bool((batch.weight == SMALL.affected_weight).any()) for batch in edit_batches(config, encoder, [])]
 
     config = replace(SMALL, pretrain_steps=3, finetune_steps=3, text_share=0.0)
     assert affected(config) == [False] * 3 + [True] * 3
