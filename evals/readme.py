@@ -85,18 +85,19 @@ def _replay(data: Mapping[str, Any]) -> str:
         f"{counts['traces']} recorded airline threads (tau-bench), {counts['steps']} steps: {counts['retractions']} "
         f"spans retracted ({found}).",
         "",
-        "| eraser | n | tokens erased | tokens through the model | edit, ms | next step, ms |",
-        "|---|---|---|---|---|---|",
+        "| eraser | n | KL, nats | tokens erased | tokens through the model | edit, ms | next step, ms |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in data["rows"]:
         if row["policy"] == "all":
-            cells = ("n", "tokens_erased", "tokens_recomputed", "edit_ms_median", "next_step_ms_median")
+            cells = ("n", "kl_mean", "tokens_erased", "tokens_recomputed", "edit_ms_median", "next_step_ms_median")
             lines.append(f"| `{row['arm']}` | {' | '.join(number(row[cell]) for cell in cells)} |")
     machine = config["machine"]
     lines += [
         "",
         f"Model `{config['model']}`, {config['dtype']}, {machine['processor']} with {machine['threads']} threads. "
-        "Tokens are means per retraction step, times medians.",
+        "KL is from `recompute` over the next tokens of the trace; it and tokens are means per retraction step, times "
+        "medians.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -69,7 +69,7 @@ def test_figures_of_the_replay(results, sample_run):
     overall = [row for row in sample_run[1].rows if row["policy"] == "all"]
     assert [cell[0] for cell in cells] == [f"`{row['arm']}`" for row in overall]
     for cell, row in zip(cells, overall, strict=True):
-        columns = ("n", "tokens_erased", "tokens_recomputed", "edit_ms_median", "next_step_ms_median")
+        columns = ("n", "kl_mean", "tokens_erased", "tokens_recomputed", "edit_ms_median", "next_step_ms_median")
         for shown, column in zip(cell[1:], columns, strict=True):
             assert float(shown) == pytest.approx(row[column], rel=0.006)
     assert "2 recorded airline threads" in page and "5 spans retracted (`tool_error` 3, `superseded` 2)" in page
