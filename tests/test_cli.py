@@ -271,8 +271,9 @@ def test_ctrl_c_leaves_no_half_results(tmp_path):
     out = tmp_path / "runs" / "out"
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     running = subprocess.Popen(
-        [*PROGRAM, "replay", str(SAMPLE), "--out", str(out)], env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE
-    )
+        [*PROGRAM, "replay", str(SAMPLE), "--out", str(out)], env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )  # fmt: skip
     deadline = time.monotonic() + 120
     while not (out.parent.exists() and list(out.parent.iterdir())):
         assert running.poll() is None and time.monotonic() < deadline
