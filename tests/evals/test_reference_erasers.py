@@ -43,7 +43,6 @@ def test_leaks_that_masking_leaves_are_gone(tmp_path):
     rows = {r["arm"]: r for r in eval_erasers(settings)["rows"] if all(r[view] == "all" for view in views)}
     assert rows["mask"]["leak"] > 0.25
     for arm in arms[1:]:
-        assert rows[arm.label]["leak"] < 0.5 * rows["mask"]["leak"]
-    default = rows[Spec("kveraser", {"variant": KVEraserEraser().variant}).label]
-    assert default["leak"] < 0.1 and default["affected_accuracy"] > rows["recompute"]["affected_accuracy"] - 0.15
-    assert default["unaffected_accuracy"] > rows["recompute"]["unaffected_accuracy"] - 0.15
+        found = rows[arm.label]
+        assert found["leak"] < 0.1 and found["affected_accuracy"] > rows["recompute"]["affected_accuracy"] - 0.15
+        assert found["unaffected_accuracy"] > rows["recompute"]["unaffected_accuracy"] - 0.15
