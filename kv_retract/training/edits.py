@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence, Set
+from collections.abc import Collection, Sequence, Set
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -86,17 +87,25 @@ def log_uniform(most: int, rng: random.Random) -> int:
 
 
 def edit_of_text(
-    text: IntArray, rng: random.Random, *, most_spans: int = 3, longest: int = 512, ahead: int = 48
+    text: IntArray,
+    rng: random.Random,
+    *,
+    marks: Collection[int] = (),
+    most_spans: int = 3,
+    longest: int = 512,
+    ahead: int = 48,
 ) -> EditRow:
-    """Return a text with random spans to be erased: span-neighbor pre-training (arXiv 2606.17034).
+    """Return a text with spans to be erased: span-neighbor pre-training (arXiv 2606.17034).
 
-    The last tokens of the text are its continuation, and the tokens behind each span its neighbors.
+    The last tokens of the text are its continuation, and the tokens behind each span its neighbors. A span is a random
+    piece, or, half of the time where the text has marks, all that stands between two of them: a turn, a tool result.
 
     Args:
         text: token ids; at least 3 * `ahead` of them.
         rng: where chance comes from.
+        marks: tokens that begin and end turns and their parts (`RowEncoder.marks`).
         most_spans: spans at most.
-        longest: tokens of a span at most, and an eighth of the text.
+        longest: tokens of a span at most; random pieces are an eighth of the text at most, others a third.
         ahead: tokens of the continuation, and of neighbors at most.
 
     Raises:
@@ -107,10 +116,14 @@ def edit_of_text(
     if len(text) < 3 * ahead:
         raise ValueError(f"expected a text of at least {3 * ahead} tokens, got {len(text)}")
     thread, continuation = text[:-ahead], text[-ahead - 1 :]
+    parts = _between(thread[:-2], marks, longest=min(longest, len(thread) // 3))
     spans: list[Interval] = []
     for _ in range(log_uniform(most_spans, rng)):
         length = log_uniform(min(longest, max(1, len(thread) // 8)), rng)
         start = rng.randrange(len(thread) - length - 2)
+        if parts and rng.random() < 0.5:
+            start, end = rng.choice(parts)
+            length = end - start
         if all(start + length < a or b < start for a, b in spans):
             spans.append((start, start + length))
     spans.sort()
@@ -120,3 +133,9 @@ def edit_of_text(
         if stop - end > 1:
             queries.append(Query("neighbor", thread[end:stop], 1, end))
     return EditRow(thread, tuple(spans), tuple(queries))
+
+
+def _between(text: IntArray, marks: Collection[int], *, longest: int) -> list[Interval]:
+    """Return what stands between one mark and the next, where that is 4 to `longest` tokens."""
+    at = np.flatnonzero(np.isin(text, list(marks)))
+    return [(int(a) + 1, int(b)) for a, b in pairwise(at) if 4 <= b - a - 1 <= longest]

@@ -57,6 +57,8 @@ class RowEncoder:
 
     def __init__(self, tokenizer: Any) -> None:
         self._backend = tokenizer.backend_tokenizer
+        self.marks: frozenset[int] = frozenset(self._backend.get_added_tokens_decoder())
+        """Tokens that are no part of running text: they begin and end turns, calls and results."""
 
     def length(self, text: str) -> int:
         """Return how many tokens a text has."""

@@ -62,13 +62,14 @@ def draw_edit(
 def _text_row(
     config: EraserTraining, encoder: RowEncoder, texts: Sequence[IntArray], length: int, rng: random.Random
 ) -> EditRow:
-    """Return a piece of a real text, or of a thread of the corpus where there is none and half of the time."""
+    """Return a piece of a real text, or else of a thread of the corpus."""
     long = [text for text in texts if len(text) >= 3 * AHEAD]
-    if long and rng.random() < 0.5:
+    if long and rng.random() < config.real_share:
         text = draw_text(long, rng)
     else:
         sample = generate(
             rng.choice(training_families()), seed=rng.randrange(10**9), length=length + 200, tokens=encoder.length
         )
         text = encoder.thread(sample, with_tools=False)[0]
-    return edit_of_text(piece_of(text, length, rng), rng, most_spans=config.most_spans, ahead=AHEAD)
+    piece = piece_of(text, length, rng)
+    return edit_of_text(piece, rng, marks=encoder.marks, most_spans=config.most_spans, ahead=AHEAD)

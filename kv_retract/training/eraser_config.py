@@ -38,8 +38,10 @@ class EraserTraining:
     warmup: int = 30
     affected_weight: float = 2.0
     """Weight of what a span affects, beside 1 for what must stay as it is."""
-    text_share: float = 0.15
+    text_share: float = 0.3
     """Share of rows of stage 1 during stage 2."""
+    real_share: float = 0.75
+    """Share of the rows of stage 1 that are pieces of real text, where there is some."""
     most_spans: int = 16
     """Spans that are erased together, at most; few are as likely as many."""
     most_probes: int = 12
@@ -64,8 +66,9 @@ class EraserTraining:
             raise ConfigError(f"expected {', '.join(small)} of at least 1")
         if self.pretrain_steps < 0 or self.finetune_steps < 0 or self.affected_weight < 0:
             raise ConfigError("expected pretrain_steps, finetune_steps and affected_weight of at least 0")
-        if not 0 <= self.text_share <= 1:
-            raise ConfigError(f"expected a text_share from 0 to 1, got {self.text_share}")
+        for name in ("text_share", "real_share"):
+            if not 0 <= (share := getattr(self, name)) <= 1:
+                raise ConfigError(f"expected a {name} from 0 to 1, got {share}")
 
     @property
     def steps(self) -> int:

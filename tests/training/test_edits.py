@@ -86,6 +86,32 @@ def test_random_spans_of_a_text(length):
     assert sum(n <= 8 for n in lengths) >= 7, "short spans are as likely as long ones"
 
 
+def test_turns_of_a_text_are_spans_half_of_the_time():
+    """Token 1 begins and ends turns; a turn of 3 tokens is too short, one of 400 too long."""
+    turns = [20, 3, 400, 60, 40]
+    text = np.concatenate([[1], *(np.append(np.arange(size) + 10, 1) for size in turns), np.arange(200) + 500])
+    ends = np.cumsum(np.array(turns) + 1)
+    whole = {(int(end) - size, int(end)) for end, size in zip(ends, turns, strict=True)}
+    assert all((text[start - 1], text[end]) == (1, 1) for start, end in whole)
+    found = [span for seed in range(400) for span in edit_of_text(text, random.Random(seed), marks={1}).spans]
+    drawn = {span: found.count(span) for span in whole}
+    fits = {span for span in whole if 4 <= span[1] - span[0] <= (len(text) - 48) // 3}
+    assert len(fits) == 3 and all(drawn[span] > 0.1 * len(found) for span in fits), drawn
+    assert all(drawn[span] <= 2 for span in whole - fits)
+    assert 0.35 < sum(drawn.values()) / len(found) < 0.65
+    plain = [span for seed in range(400) for span in edit_of_text(text, random.Random(seed)).spans]
+    assert sum(span in whole for span in plain) <= 4, "without marks, spans are random pieces"
+
+
+@each_family
+def test_the_marks_of_a_tokenizer_stand_around_every_turn(make, encoder, tokenizer, family):
+    sample = make(family, 0, length=300)
+    ids, _ = encoder.thread(sample)
+    running = [i for i in ids.tolist() if i not in encoder.marks]
+    assert "<|im_start|>" not in tokenizer.decode(running) and "<tool_response>" not in tokenizer.decode(running)
+    assert encoder.marks >= {*tokenizer.all_special_ids, *tokenizer.encode("<tool_response></tool_response>")}
+
+
 def test_the_same_chance_gives_the_same_spans():
     rows = [edit_of_text(np.arange(400), random.Random(3)).spans for _ in range(2)]
     assert rows[0] == rows[1] != edit_of_text(np.arange(400), random.Random(4)).spans
