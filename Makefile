@@ -6,6 +6,9 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# SGLang pins its own torch, so it has an environment of its own.
+SGLANG_VENV ?= $(CURDIR)/.venv-sglang
+SGLANG_STAMP := $(SGLANG_VENV)/.installed
 NOW := $(shell date -u +%Y%m%dT%H%M%SZ)
 DEMO_OUT ?= runs/demo-$(NOW)
 SAMPLE := examples/data/tau_bench_airline_sample.jsonl
@@ -31,10 +34,10 @@ export TRANSFORMERS_OFFLINE := 1
 test: export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage format lint type results tables bench clean
+.PHONY: help demo test test-sglang coverage format lint type results tables bench clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) with $(PYTHON) (a few minutes)"
@@ -47,8 +50,18 @@ demo: $(STAMP)  ## tell one agent run under three erasers, then replay real trac
 	@$(call REPLAY,$(SAMPLE),$(DEMO_OUT))
 	@$(if $(MORE),$(call REPLAY,$(MORE) --limit 4,$(DEMO_OUT)-more))
 
-test: $(STAMP)  ## run the tests and measure coverage
-	@$(BIN)/python -m pytest -q -n $(WORKERS) --cov --cov-report=
+test: $(STAMP)  ## run the tests and measure coverage; those with a real SGLang server are in test-sglang
+	@$(BIN)/python -m pytest -q -n $(WORKERS) -m 'not sglang' --cov --cov-report=
+
+$(SGLANG_STAMP): pyproject.toml
+	@echo "Setting up $(SGLANG_VENV) with SGLang (10 GB, a few minutes)"
+	@test -x $(SGLANG_VENV)/bin/python || $(PYTHON) -m venv $(SGLANG_VENV)
+	@$(SGLANG_VENV)/bin/python -m pip install --quiet uv
+	@$(SGLANG_VENV)/bin/uv pip install --quiet --python $(SGLANG_VENV)/bin/python sglang==0.5.23 -e .
+	@touch $@
+
+test-sglang: $(STAMP) $(SGLANG_STAMP)  ## start real SGLang servers on loopback and run the tests that need one
+	@SGLANG_VENV=$(SGLANG_VENV) $(BIN)/python -m pytest -q -m sglang tests/sglang
 
 coverage: test  ## run the tests, list what they miss, fail under 90 %
 	@$(BIN)/python -m coverage report --fail-under=90

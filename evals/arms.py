@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from kv_retract.cache.base import ThreadKey
-from kv_retract.engine.base import Engine, ExtendResult
+from kv_retract.engine.base import ExtendResult, LocalEngine
 from kv_retract.erasers.base import ERASERS
 from kv_retract.errors import KVRetractError
 from kv_retract.ledger.render import Renderer, Rendering
@@ -43,7 +43,7 @@ class Arm:
         SpecError: the eraser refuses the parameters.
     """
 
-    def __init__(self, spec: Spec, engine: Engine, renderer: Renderer) -> None:
+    def __init__(self, spec: Spec, engine: LocalEngine, renderer: Renderer) -> None:
         self.label = spec.label
         # exact_suffix=0: the planner would recompute short suffixes, and hide what the eraser does there.
         self.session = KVRetractSession(

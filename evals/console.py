@@ -141,6 +141,21 @@ def print_shared(document: Mapping[str, Any], console: Console) -> None:
     console.print(table)
 
 
+def print_sglang(document: Mapping[str, Any], console: Console) -> None:
+    """Print the next step after a withdrawal by length and arm, and what ordinary traffic pays."""
+    table = _table("tokens", "arm", "first token, ms", "withdrawal, ms", "times as fast as plain")
+    for length, arms in document["ttft_ms"].items():
+        for arm, first in arms.items():
+            edit, speedup = (document[name][length][arm] for name in ("edit_ms", "speedup_vs_plain"))
+            table.add_row(length, Text(arm), number(first), number(edit), number(speedup))
+    console.print(table)
+    ratio = document["ordinary_traffic_ratio"]
+    low, middle, high = (number(ratio[name]) for name in ("min", "median", "max"))
+    console.print(f"Ordinary traffic with the plugin: {middle} of the speed without it ({low} to {high}).")
+    costs = ", ".join(f"{number(ms)} ms at {n}" for n, ms in document["ledger_hook_ms"].items())
+    console.print(f"Arrival of a request by retractions of its thread: {costs}.")
+
+
 def print_parts(kind: str, parts: Iterable[Mapping[str, Any]], console: Console) -> None:
     """Print what a registry holds: `{"name", "summary", "parameters": {name: default}}`."""
     table = _table(kind, "what it does", "parameters", numbers=False)

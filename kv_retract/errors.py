@@ -43,6 +43,10 @@ class UnsupportedModelError(KVRetractError, NotImplementedError):
     """The model has a mechanism that cannot be edited correctly."""
 
 
+class UnsupportedError(KVRetractError, NotImplementedError):
+    """The engine cannot do what was asked of it, though another engine can."""
+
+
 class EraserMismatchError(KVRetractError, ValueError):
     """A learned eraser is missing, damaged, or belongs to another model."""
 
@@ -57,6 +61,10 @@ class CacheIntegrityError(KVRetractError, AssertionError):
 
 class ThreadBusyError(KVRetractError, RuntimeError):
     """The thread is decoding; it cannot be edited now."""
+
+
+class ServerError(KVRetractError, ConnectionError):
+    """A server cannot be reached, refuses a request, or fails at it."""
 
 
 class LedgerError(KVRetractError, ValueError):

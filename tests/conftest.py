@@ -1,8 +1,8 @@
 """Shared by all tests: no model hub is ever asked, and tests that need more than a CPU say what they miss."""
 
-import importlib.util
 import os
 import sys
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
@@ -22,8 +22,9 @@ def pytest_collection_modifyitems(items):
 
         if not torch.cuda.is_available():
             missing["gpu"] = "needs a CUDA device"
-    if importlib.util.find_spec("sglang") is None:
-        missing["sglang"] = "needs an environment with SGLang"
+    venv = Path(os.environ.get("SGLANG_VENV", Path(__file__).parents[1] / ".venv-sglang"))
+    if not (venv / "bin" / "kv-retract").exists():
+        missing["sglang"] = f"needs an environment with SGLang, none at {venv.name}: run make test-sglang"
     for item in items:
         for marker, reason in missing.items():
             if item.get_closest_marker(marker):

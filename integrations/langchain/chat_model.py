@@ -45,6 +45,10 @@ class _Call:
 
 
 def _open_session(fields: dict[str, Any]) -> KVRetractSession:
+    if fields["engine"] is not None:
+        from ..sglang.engine import connect
+
+        return connect(fields["engine"], fields["model_name"])
     return KVRetractSession.from_pretrained(fields["model_name"], device=fields["device"], dtype=fields["dtype"])
 
 
@@ -55,26 +59,36 @@ class ChatKVRetract(BaseChatModel):
     (`model.bind(thread_id=...)`), the field `thread_id`, and the config of the LangGraph run. A call without any runs
     in a throw-away thread: policies still see its messages, and the prefix cache is shared all the same.
 
-    Tool choices other than `auto` and response formats are enforced while decoding, by a grammar.
+    Tool choices other than `auto` and response formats are enforced while decoding, by a grammar. Where the model runs
+    in an SGLang server they are refused by ConstraintError: the calls that it makes of its own accord (`auto`) work.
 
     Example:
         >>> session = KVRetractSession.from_pretrained()
         >>> ChatKVRetract(session=session, thread_id="trip-42").invoke("Cheapest flight to Oslo?")
 
+        In a server that `kv-retract serve` started, with its model's tokenizer from a local directory. For policies,
+        another eraser or an API key, open the session with `kv_retract.integrations.sglang.engine.connect`:
+
+        >>> ChatKVRetract(engine="http://localhost:30000", model="models/qwen3-8b")
+
     Raises:
-        ValueError: session and model are both given.
+        ValueError: a session is given, and a model or an engine as well.
     """
 
     model_config = ConfigDict(populate_by_name=True, arbitrary_types_allowed=True, protected_namespaces=())
 
     model_name: str = Field(default="reference", alias="model")
-    """Registered name or directory; with a session, the name of its model."""
+    """Registered name or directory; with an engine, `reference` or the directory of the served model's tokenizer; with
+    a session, the name of its model."""
+    engine: str | None = None
+    """URL of an SGLang server (`kv-retract serve`), for the session that is made here. None: the embedded engine."""
     device: str = "cpu"
-    """For the session that is made here."""
+    """For the session that is made here, without a server."""
     dtype: str = "float32"
-    """For the session that is made here."""
+    """For the session that is made here, without a server."""
     session: KVRetractSession = Field(default_factory=_open_session, exclude=True, repr=False)
-    """Where threads live. By default one of its own is made, from `model`."""
+    """Where threads live. By default one of its own is made, from `model` and `engine`; in a server it erases by
+    `kveraser`."""
     temperature: float | None = None
     """None and 0: greedy."""
     max_tokens: int = 1024
@@ -94,6 +108,10 @@ class ChatKVRetract(BaseChatModel):
             raise ValueError(
                 f"expected a session or a model, got both: the session runs {running!r}, model is {self.model_name!r}; "
                 "leave one out"
+            )
+        if "session" in self.model_fields_set and self.engine is not None:
+            raise ValueError(
+                f"expected a session or an engine, got both: the session has one; leave {self.engine!r} out"
             )
         if "session" in self.model_fields_set:
             self.model_name = running
@@ -217,7 +235,7 @@ class ChatKVRetract(BaseChatModel):
             image_inputs=False,
             audio_inputs=False,
             tool_calling=True,
-            tool_choice=True,
+            tool_choice=self.session.engine.constrains,
         )
 
     # -- one call ---------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from ..errors import KVRetractError
 from . import lists, make, measure
+from .serve import serve
 
 _INTERRUPTED = 130
 # Part of click in some releases of typer and of typer itself in others: this finds it in both.
@@ -33,11 +34,13 @@ app.command()(lists.policies)
 app.command()(lists.erasers)
 app.command()(lists.models)
 app.command()(make.corpus)
+app.command(context_settings={"allow_extra_args": True})(serve)
 for group, name in ((bench, "bench"), (evaluate, "eval"), (train, "train")):
     app.add_typer(group, name=name)
 bench.command("edit")(measure.bench_edit)
 bench.command("latency")(measure.bench_latency)
 bench.command("shared")(measure.bench_shared)
+bench.command("sglang")(measure.bench_sglang)
 evaluate.command("reference")(measure.eval_reference)
 evaluate.command("erasers")(measure.eval_erasers)
 evaluate.command("repeated")(measure.eval_repeated)

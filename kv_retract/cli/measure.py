@@ -282,6 +282,30 @@ def demo(model: Model = "reference", device: Device = "cpu", dtype: DtypeOption 
     tell(run_story(loaded, engine), loaded.quality_note, console())
 
 
+def bench_sglang(
+    venv: Annotated[Path, typer.Option(help="Environment with SGLang and kv-retract.")] = Path(".venv-sglang"),
+    length: Annotated[
+        list[int] | None, typer.Option(min=128, help="Tokens of the thread; repeatable. Default: 1024, 4096, 8192.")
+    ] = None,
+    repeats: Repeats = 7,
+    traffic_runs: Annotated[int, typer.Option(min=1, help="Runs of ordinary traffic on both servers.")] = 10,
+    seed: Seed = 0,
+    out: Document = None,
+    as_json: Json = False,
+) -> None:
+    """Start real SGLang servers and time the next step after a withdrawal, and ordinary traffic beside the plugin."""
+    import tempfile
+
+    from ..evals.console import print_sglang
+    from ..evals.sglang import SGLangBench
+    from ..evals.sglang import bench_sglang as run
+
+    lengths = {"lengths": tuple(length)} if length else {}
+    settings = SGLangBench(venv=venv, repeats=repeats, traffic_runs=traffic_runs, seed=seed, **lengths)
+    with tempfile.TemporaryDirectory() as logs:
+        _bench(lambda tick: run(settings, Path(logs), progress=tick), print_sglang, out, as_json)
+
+
 def _bench(run: _Run, show: _Print, out: Path | None, as_json: bool) -> None:
     """Run a benchmark and write its document where it was asked for."""
     from ..evals.results import check_new, write_new_json

@@ -1,13 +1,21 @@
-"""Contract of an engine: it speaks token ids and holds the KV cache of many threads (DESIGN D10)."""
+"""Contracts of engines: they speak token ids and hold the KV cache of many threads (DESIGN D10).
+
+A session needs an `Engine`, which may run in another process. A `LocalEngine` runs in this one, and can also show what
+it computes: logits, keys and values, slots.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+import numpy as np
 
 from ..cache.base import EditView, ThreadKey
+from ..cache.keys import is_tombstone
+from ..errors import SpanError
 from ..types import EraseResult, Interval, SamplingParams
 
 if TYPE_CHECKING:
@@ -82,6 +90,9 @@ class Engine(ABC):
     the model. What it prefills or decodes it keeps, under eviction, for later calls.
     """
 
+    constrains: ClassVar[bool] = True
+    """Whether `generate` takes a logits processor."""
+
     spec: ModelSpec
 
     @abstractmethod
@@ -89,24 +100,21 @@ class Engine(ABC):
         """Return how many leading entries of the key are cached. Changes nothing but the order of eviction."""
 
     @abstractmethod
-    def extend(self, key: ThreadKey, *, num_last: int = 1) -> ExtendResult:
-        """Prefill what of the key is not cached and return logits of the last `num_last` entries.
+    def generate(
+        self, key: ThreadKey, sampling: SamplingParams, *, logits_processor: LogitsProcessor | None = None
+    ) -> Iterator[GeneratedToken]:
+        """Prefill what of the key is not cached, then decode, one token at a time.
 
-        At least `num_last` entries are run through the model, cached or not; they must be ordinary tokens.
+        Closing the iterator stops decoding; what was decoded stays cached. `SamplingParams.stop` (strings) is the
+        caller's to apply.
 
         Raises:
             ColdTombstoneError: a tombstone would have to be prefilled.
             PoolExhaustedError: the thread does not fit.
-            ValueError: the key is empty or longer than the model's positions.
-        """
+            ValueError: the key is empty or longer than the model's positions, or a sampling parameter is out of range.
+            ConstraintError: the engine does not take logits processors, and got one.
 
-    @abstractmethod
-    def generate(
-        self, key: ThreadKey, sampling: SamplingParams, *, logits_processor: LogitsProcessor | None = None
-    ) -> Iterator[GeneratedToken]:
-        """Extend and decode, one token at a time. Closing the iterator stops decoding; what was decoded stays cached.
-
-        Raises as `extend`, at the first `next`. `SamplingParams.stop` (strings) is the caller's to apply.
+        All of them come at the first `next`.
         """
 
     @abstractmethod
@@ -142,6 +150,22 @@ class Engine(ABC):
         """
         return self.drop(key, start)
 
+
+class LocalEngine(Engine):
+    """An engine in this process: what the conformance kit, evaluations and experiments look into."""
+
+    @abstractmethod
+    def extend(self, key: ThreadKey, *, num_last: int = 1) -> ExtendResult:
+        """Prefill what of the key is not cached and return logits of the last `num_last` entries.
+
+        At least `num_last` entries are run through the model, cached or not; they must be ordinary tokens.
+
+        Raises:
+            ColdTombstoneError: a tombstone would have to be prefilled.
+            PoolExhaustedError: the thread does not fit.
+            ValueError: the key is empty or longer than the model's positions.
+        """
+
     @abstractmethod
     def read_kv(self, key: ThreadKey, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return copies of the cached K (rotated) and V of the visible entries in `[start, end)`.
@@ -167,3 +191,37 @@ class Engine(ABC):
     @abstractmethod
     def tokens_in_use(self) -> int:
         """Return the number of slots in use, cached or running."""
+
+
+def check_edit(key: ThreadKey, spans: Sequence[Interval], eraser: SupportsErase, new_key: ThreadKey) -> None:
+    """Check what `Engine.erase` was given.
+
+    Raises:
+        SpanError: there is no span; spans overlap, are out of order or outside of the key, or hold tombstones.
+        ValueError: the new key has another length or namespace than it must have.
+    """
+    at = 0
+    for start, end in spans:
+        if not at <= start < end <= len(key):
+            raise SpanError(f"span [{start}, {end}) must follow entry {at} inside of a key of {len(key)} entries")
+        if np.any(is_tombstone(key.ids[start:end])):
+            raise SpanError(f"span [{start}, {end}) is retracted already, wholly or in part")
+        at = end
+    if not spans:
+        raise SpanError("no span to erase")
+    if not eraser.exact and len(new_key) != len(key):
+        raise ValueError(
+            f"{eraser.eraser_id} keeps lengths, but the new key has {len(new_key)} entries instead of {len(key)}"
+        )
+    if key.extra_key != new_key.extra_key:
+        raise ValueError(f"an edit cannot move a thread from namespace {key.extra_key!r} to {new_key.extra_key!r}")
+
+
+def end_of_edit(cached: int, spans: Sequence[Interval], page_size: int = 1) -> int:
+    """Return where the path ends that can be edited: at a border of pages, and inside of no span.
+
+    A span that eviction has cut in half goes as a whole: what is left of the path ends before it.
+    """
+    while cut := [start for start, end in spans if start < cached < end]:
+        cached = min(cut) // page_size * page_size
+    return cached

@@ -18,14 +18,22 @@ from ..cache.pool import PagedKVPool
 from ..cache.radix import RadixCache
 from ..errors import ColdTombstoneError, SpanError
 from ..types import EraseResult, Interval, SamplingParams
-from .base import Engine, ExtendResult, GeneratedToken, LogitsProcessor, SupportsErase
+from .base import (
+    ExtendResult,
+    GeneratedToken,
+    LocalEngine,
+    LogitsProcessor,
+    SupportsErase,
+    check_edit,
+    end_of_edit,
+)
 from .edit import HFEditView
 from .sampling import Sampler
 from .support import inspect_model
 from .working import ModelRunner, WorkingSet
 
 
-class HFEngine(Engine):
+class HFEngine(LocalEngine):
     """Runs one transformers causal LM for many threads.
 
     Decoding streams of several threads may be open at once; their forward passes take turns. Memory is bounded: the
@@ -129,10 +137,10 @@ class HFEngine(Engine):
         self, key: ThreadKey, spans: Sequence[Interval], eraser: SupportsErase, new_key: ThreadKey
     ) -> EraseResult:
         """Edit and commit under the new key."""
-        _check_keys(key, spans, eraser, new_key)
+        check_edit(key, spans, eraser, new_key)
         started = time.perf_counter()
         with self._lock:
-            cached = _end_of_edit(self._manager.match(key.ids, extra_key=key.extra_key), spans, self._pool.page_size)
+            cached = end_of_edit(self._manager.match(key.ids, extra_key=key.extra_key), spans, self._pool.page_size)
             whole = [(start, end) for start, end in spans if end <= cached]
             erased = sum(end - start for start, end in whole)
             if not whole:
@@ -272,34 +280,6 @@ class HFEngine(Engine):
             return lease.slots[start:end].copy()
         finally:
             self._manager.release(lease, keep=lease.num_cached)
-
-
-def _end_of_edit(cached: int, spans: Sequence[Interval], page_size: int) -> int:
-    """Return where the path ends that can be edited: at a border of pages, and inside of no span.
-
-    A span that eviction has cut in half goes as a whole: what is left of the path ends before it.
-    """
-    while cut := [start for start, end in spans if start < cached < end]:
-        cached = min(cut) // page_size * page_size
-    return cached
-
-
-def _check_keys(key: ThreadKey, spans: Sequence[Interval], eraser: SupportsErase, new_key: ThreadKey) -> None:
-    at = 0
-    for start, end in spans:
-        if not at <= start < end <= len(key):
-            raise SpanError(f"span [{start}, {end}) must follow entry {at} inside of a key of {len(key)} entries")
-        if np.any(is_tombstone(key.ids[start:end])):
-            raise SpanError(f"span [{start}, {end}) is retracted already, wholly or in part")
-        at = end
-    if not spans:
-        raise SpanError("no span to erase")
-    if not eraser.exact and len(new_key) != len(key):
-        raise ValueError(
-            f"{eraser.eraser_id} keeps lengths, but the new key has {len(new_key)} entries instead of {len(key)}"
-        )
-    if key.extra_key != new_key.extra_key:
-        raise ValueError(f"an edit cannot move a thread from namespace {key.extra_key!r} to {new_key.extra_key!r}")
 
 
 def _check_positions(positions: IntArray, slots: IntArray, new_key: ThreadKey) -> None:

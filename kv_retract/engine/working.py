@@ -7,6 +7,7 @@ at the end (prefill, decode) or scattered in the middle (erasers that recompute 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from functools import cached_property
 from hashlib import sha256
 from typing import Any
@@ -61,8 +62,13 @@ def fingerprint_of(model: Any) -> str:
 
     The same for the same checkpoint in float32 and in bfloat16, on any device.
     """
+    return fingerprint_of_tensors(model.state_dict().items())
+
+
+def fingerprint_of_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """As `fingerprint_of`, of weights by name, in the order of the model's `state_dict`."""
     digest = sha256()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in tensors:
         flat = tensor.detach().flatten()
         some = flat[:: max(1, len(flat) // 64)].to("cpu", torch.bfloat16)
         digest.update(f"{name} {tuple(tensor.shape)}".encode())

@@ -12,7 +12,7 @@ import torch
 
 from ..cache.base import EditView, IntArray
 from ..cache.keys import build_key
-from ..engine.base import Engine
+from ..engine.base import LocalEngine
 from ..erasers.base import EditCost, EditShape, Eraser
 from ..erasers.mask import MaskEraser
 from ..erasers.recompute import RecomputeEraser
@@ -100,7 +100,7 @@ class EngineEdits(EngineFixtures):
 
     @pytest.mark.parametrize("prefilled", [0, 5, 40])
     def test_a_cold_tombstone_is_refused(
-        self, engine: Engine, model: Any, ids: Ids, settle: Settle, prefilled: int
+        self, engine: LocalEngine, model: Any, ids: Ids, settle: Settle, prefilled: int
     ) -> None:
         """SpanError from `extend` and at the first `next` of `generate`, whatever of the text is cached."""
         plain, tombs = keys_for(ids(40), [(20, 27)], MaskEraser())
@@ -122,7 +122,7 @@ class EngineEdits(EngineFixtures):
 
     @pytest.mark.parametrize("where", SPANS)
     def test_a_recompute_edit_equals_a_prefill_without_the_spans(
-        self, engine: Engine, model: Any, page_size: int, ids: Ids, settle: Settle, where: str
+        self, engine: LocalEngine, model: Any, page_size: int, ids: Ids, settle: Settle, where: str
     ) -> None:
         """The text leaves the cache and the answer, now and in the steps that follow."""
         spans, eraser = SPANS[where], RecomputeEraser()
@@ -144,7 +144,7 @@ class EngineEdits(EngineFixtures):
 
     @pytest.mark.parametrize("where", SPANS)
     def test_hidden_spans_are_invisible_to_what_follows(
-        self, engine: Engine, model: Any, page_size: int, ids: Ids, settle: Settle, where: str
+        self, engine: LocalEngine, model: Any, page_size: int, ids: Ids, settle: Settle, where: str
     ) -> None:
         """Equal to plain transformers with an attention mask; positions stay, tombstones are found, cold text is not.
 
@@ -168,7 +168,9 @@ class EngineEdits(EngineFixtures):
         assert engine.read_kv(new, 0, 64)[0].shape[1] == 64 - hidden, "hidden entries have no states to read"
         settle(old, new, grown)
 
-    def test_an_edit_leaves_other_threads_alone(self, engine: Engine, model: Any, ids: Ids, settle: Settle) -> None:
+    def test_an_edit_leaves_other_threads_alone(
+        self, engine: LocalEngine, model: Any, ids: Ids, settle: Settle
+    ) -> None:
         """A fork that shares the span keeps its states bit by bit; a running stream keeps its answer."""
         spans, eraser = SPANS["middle"], MaskEraser()
         fork = key_of(ids(80)[:60], ids(12, 1))
@@ -188,7 +190,7 @@ class EngineEdits(EngineFixtures):
         settle(old, new, fork, key_of(old.ids, np.array(answer)))
 
     def test_two_threads_make_the_same_edit(
-        self, engine: Engine, model: Any, page_size: int, ids: Ids, settle: Settle
+        self, engine: LocalEngine, model: Any, page_size: int, ids: Ids, settle: Settle
     ) -> None:
         """The second finds the first one's key; nothing is lost between them, and the text is gone again."""
         spans, eraser = SPANS["middle"], RecomputeEraser()
@@ -206,7 +208,7 @@ class EngineEdits(EngineFixtures):
 
     @pytest.mark.parametrize("eraser", [RecomputeEraser(), MaskEraser()], ids=lambda eraser: eraser.name)
     def test_nothing_is_erased_where_nothing_is_cached(
-        self, engine: Engine, ids: Ids, settle: Settle, eraser: Eraser
+        self, engine: LocalEngine, ids: Ids, settle: Settle, eraser: Eraser
     ) -> None:
         """An edit prefills nothing by itself."""
         old, new = keys_for(ids(80), SPANS["middle"], eraser)
@@ -215,7 +217,7 @@ class EngineEdits(EngineFixtures):
         settle(old, new)
 
     def test_spans_past_what_is_cached_are_ignored(
-        self, engine: Engine, model: Any, page_size: int, ids: Ids, settle: Settle
+        self, engine: LocalEngine, model: Any, page_size: int, ids: Ids, settle: Settle
     ) -> None:
         """The edit covers the others, and the tombstones of the ignored ones are cold."""
         self.needs_cache()
@@ -230,7 +232,7 @@ class EngineEdits(EngineFixtures):
         settle(old, new)
 
     def test_a_span_that_is_cached_in_part_is_gone_after_the_edit(
-        self, engine: Engine, model: Any, ids: Ids, settle: Settle
+        self, engine: LocalEngine, model: Any, ids: Ids, settle: Settle
     ) -> None:
         """No token of it is left, and the thread answers as one without it."""
         spans, eraser = [(35, 55)], RecomputeEraser()
@@ -243,7 +245,7 @@ class EngineEdits(EngineFixtures):
         settle(old, new)
 
     def test_an_edit_ends_before_a_span_that_is_cached_in_part(
-        self, engine: Engine, model: Any, page_size: int, ids: Ids, settle: Settle
+        self, engine: LocalEngine, model: Any, page_size: int, ids: Ids, settle: Settle
     ) -> None:
         """The whole ones before it are erased, and what follows them up to it stays cached."""
         self.needs_cache()
@@ -262,7 +264,7 @@ class EngineEdits(EngineFixtures):
     @pytest.mark.parametrize("shared", [False, True], ids=["alone", "shared"])
     @pytest.mark.parametrize("eraser", FAILING, ids=lambda eraser: eraser.eraser_id)
     def test_an_eraser_that_fails_leaves_no_half_edit(
-        self, engine: Engine, model: Any, ids: Ids, settle: Settle, eraser: Eraser, shared: bool
+        self, engine: LocalEngine, model: Any, ids: Ids, settle: Settle, eraser: Eraser, shared: bool
     ) -> None:
         """The old path is intact or uncached, the new key is not cached, and all threads answer as before."""
         self.needs_cache()
@@ -286,7 +288,9 @@ class EngineEdits(EngineFixtures):
             self.assert_close(engine.extend(key_of(thread)).logits, plain_logits(model, thread))
         settle(old, new, *(key_of(thread) for thread in threads))
 
-    def test_an_edit_succeeds_after_one_that_failed(self, engine: Engine, model: Any, ids: Ids, settle: Settle) -> None:
+    def test_an_edit_succeeds_after_one_that_failed(
+        self, engine: LocalEngine, model: Any, ids: Ids, settle: Settle
+    ) -> None:
         """Nothing of the failure is in its way."""
         self.needs_cache()
         spans, eraser = SPANS["middle"], RecomputeEraser()
@@ -301,7 +305,7 @@ class EngineEdits(EngineFixtures):
         self.assert_close(engine.extend(new).logits, plain_logits(model, without(ids(80), spans)))
         settle(old, new)
 
-    def states(self, engine: Engine, ids: IntArray) -> tuple[torch.Tensor, ...]:
+    def states(self, engine: LocalEngine, ids: IntArray) -> tuple[torch.Tensor, ...]:
         """Return K and V of all that is cached of a thread."""
         key = key_of(ids)
         return engine.read_kv(key, 0, engine.cached(key)) if self.caches else ()

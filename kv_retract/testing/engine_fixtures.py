@@ -11,7 +11,7 @@ import torch
 
 from ..cache.base import IntArray, ThreadKey
 from ..cache.keys import build_key
-from ..engine.base import Engine
+from ..engine.base import LocalEngine
 from ..types import SamplingParams
 from .models import tiny_model
 
@@ -29,7 +29,7 @@ class EngineFixtures:
     """How far logits, keys and values may lie from those of plain transformers, in float32."""
 
     @pytest.fixture
-    def make_engine(self) -> Callable[[Any], Engine]:
+    def make_engine(self) -> Callable[[Any], LocalEngine]:
         """Return what makes an engine for `model`, with room for 1024 tokens."""
         raise NotImplementedError("give the suite a fixture `make_engine`")
 
@@ -44,14 +44,14 @@ class EngineFixtures:
         return 1
 
     @pytest.fixture
-    def engine(self, make_engine: Callable[[Any], Engine], model: Any) -> Iterator[Engine]:
+    def engine(self, make_engine: Callable[[Any], LocalEngine], model: Any) -> Iterator[LocalEngine]:
         """Return the engine under test; its integrity is checked after the test."""
         engine = make_engine(model)
         yield engine
         engine.check_integrity()
 
     @pytest.fixture
-    def settle(self, engine: Engine) -> Settle:
+    def settle(self, engine: LocalEngine) -> Settle:
         """Return what drops all that a test has stored, and checks that nothing is left in use."""
         at_start = engine.tokens_in_use()
 
@@ -93,6 +93,6 @@ def key_of(*parts: IntArray, extra_key: str = "") -> ThreadKey:
     return build_key(np.concatenate(parts), (), extra_key=extra_key)
 
 
-def answer(engine: Engine, key: ThreadKey, max_tokens: int, **sampling: Any) -> list[int]:
+def answer(engine: LocalEngine, key: ThreadKey, max_tokens: int, **sampling: Any) -> list[int]:
     """Return the ids of one whole answer."""
     return [token.id for token in engine.generate(key, SamplingParams(max_tokens=max_tokens, **sampling))]

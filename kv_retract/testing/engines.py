@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ..cache.base import IntArray, ThreadKey
-from ..engine.base import Engine
+from ..engine.base import LocalEngine
 from ..errors import SpanError
 from ..types import SamplingParams
 from .engine_edits import EngineEdits
@@ -34,7 +34,7 @@ class EngineConformance(EngineEdits):
 
     # -- prefill ----------------------------------------------------------------------------------------------------
 
-    def test_spec_describes_the_model(self, engine: Engine, model: Any, ids: Ids, settle: Settle) -> None:
+    def test_spec_describes_the_model(self, engine: LocalEngine, model: Any, ids: Ids, settle: Settle) -> None:
         """Layers, heads and vocabulary are the model's, and those of what the engine returns."""
         key, config = key_of(ids(12)), model.config
         assert (engine.spec.num_layers, engine.spec.num_kv_heads, engine.spec.vocab_size) == (
@@ -45,7 +45,7 @@ class EngineConformance(EngineEdits):
         settle(key)
 
     def test_logits_equal_plain_transformers_with_and_without_hits(
-        self, engine: Engine, model: Any, page_size: int, ids: Ids, settle: Settle
+        self, engine: LocalEngine, model: Any, page_size: int, ids: Ids, settle: Settle
     ) -> None:
         """Cold, warm, and extended; what is cached and what went through the model adds up."""
         tokens = ids(150)
@@ -59,7 +59,7 @@ class EngineConformance(EngineEdits):
         settle(key_of(tokens))
 
     def test_forks_share_their_prefix_and_nothing_else(
-        self, engine: Engine, model: Any, page_size: int, ids: Ids, settle: Settle
+        self, engine: LocalEngine, model: Any, page_size: int, ids: Ids, settle: Settle
     ) -> None:
         """A fork is served what it shares, and both branches answer as if they were alone."""
         branches = [np.concatenate([ids(90), ids(50, seed)]) for seed in (1, 2)]
@@ -72,7 +72,7 @@ class EngineConformance(EngineEdits):
         self.assert_close(result.logits, plain_logits(model, third))
         settle(*(key_of(tokens) for tokens in (*branches, third)))
 
-    def test_namespaces_share_nothing(self, engine: Engine, model: Any, ids: Ids, settle: Settle) -> None:
+    def test_namespaces_share_nothing(self, engine: LocalEngine, model: Any, ids: Ids, settle: Settle) -> None:
         """The same ids under another `extra_key` are another thread."""
         mine, theirs = key_of(ids(40)), key_of(ids(40), extra_key="tenant")
         engine.extend(mine)
@@ -84,7 +84,7 @@ class EngineConformance(EngineEdits):
         self.assert_close(engine.extend(mine).logits, plain_logits(model, mine.ids))
         settle(mine, theirs)
 
-    def test_positions_are_those_of_the_key(self, engine: Engine, model: Any, ids: Ids, settle: Settle) -> None:
+    def test_positions_are_those_of_the_key(self, engine: LocalEngine, model: Any, ids: Ids, settle: Settle) -> None:
         """A key may leave a gap in its positions, as one with a masked span does."""
         tokens, positions = ids(60), np.arange(60)
         positions[25:] += 30
@@ -95,7 +95,7 @@ class EngineConformance(EngineEdits):
             self.assert_close(engine.extend(gap).logits, expected)
         settle(gap)
 
-    def test_what_cannot_run_is_refused(self, engine: Engine, model: Any, ids: Ids, settle: Settle) -> None:
+    def test_what_cannot_run_is_refused(self, engine: LocalEngine, model: Any, ids: Ids, settle: Settle) -> None:
         """ValueError for an empty key, too many logits, and positions past the model's; nothing is lost by it."""
         key = key_of(ids(10))
         far = ThreadKey(key.ids, key.positions + engine.spec.max_positions - 5)
@@ -107,7 +107,7 @@ class EngineConformance(EngineEdits):
         settle(key, far)
 
     def test_asking_what_is_cached_changes_nothing(
-        self, engine: Engine, page_size: int, ids: Ids, settle: Settle
+        self, engine: LocalEngine, page_size: int, ids: Ids, settle: Settle
     ) -> None:
         """Longer, shorter and foreign keys get the length of what they share."""
         engine.extend(key_of(ids(60)))
@@ -122,7 +122,7 @@ class EngineConformance(EngineEdits):
     # -- decoding ---------------------------------------------------------------------------------------------------
 
     def test_greedy_decoding_equals_plain_transformers(
-        self, engine: Engine, model: Any, page_size: int, ids: Ids, settle: Settle
+        self, engine: LocalEngine, model: Any, page_size: int, ids: Ids, settle: Settle
     ) -> None:
         """Cold and warm; what was decoded stays cached, but for the last token, which never ran."""
         tokens, expected = ids(40), plain_answer(model, ids(40), 12)
@@ -135,7 +135,7 @@ class EngineConformance(EngineEdits):
             assert engine.cached(grown) == self.kept(51, page_size)
         settle(grown)
 
-    def test_an_end_token_ends_the_answer(self, engine: Engine, model: Any, ids: Ids, settle: Settle) -> None:
+    def test_an_end_token_ends_the_answer(self, engine: LocalEngine, model: Any, ids: Ids, settle: Settle) -> None:
         """It is the last token of the stream, with its reason."""
         expected = plain_answer(model, ids(20), 8)
         end = expected[-1]
@@ -146,7 +146,7 @@ class EngineConformance(EngineEdits):
         assert [token.finish_reason for token in stream] == [None] * (count - 1) + ["stop"]
         settle(key_of(ids(20), np.array(expected)))
 
-    def test_logprobs_are_log_softmax(self, engine: Engine, model: Any, ids: Ids, settle: Settle) -> None:
+    def test_logprobs_are_log_softmax(self, engine: LocalEngine, model: Any, ids: Ids, settle: Settle) -> None:
         """Only where the caller asks."""
         key = key_of(ids(20))
         (token,) = engine.generate(key, SamplingParams(max_tokens=1, logprobs=True))
@@ -156,7 +156,7 @@ class EngineConformance(EngineEdits):
         assert token.logprob is None
         settle(key)
 
-    def test_a_logits_processor_decides(self, engine: Engine, ids: Ids, settle: Settle) -> None:
+    def test_a_logits_processor_decides(self, engine: LocalEngine, ids: Ids, settle: Settle) -> None:
         """It sees what was generated so far and may change the logits in place."""
         seen: list[list[int]] = []
 
@@ -173,7 +173,7 @@ class EngineConformance(EngineEdits):
         assert seen == 2 * [[], [7], [7, 8]]
         settle(key_of(ids(20), np.array([7, 8, 9])))
 
-    def test_sampling_is_seeded(self, engine: Engine, model: Any, ids: Ids, settle: Settle) -> None:
+    def test_sampling_is_seeded(self, engine: LocalEngine, model: Any, ids: Ids, settle: Settle) -> None:
         """The same seed draws the same; the narrowest choice is the greedy one."""
         key, drawn = key_of(ids(20)), []
         for seed in (7, 7, 8, 9):
@@ -187,7 +187,9 @@ class EngineConformance(EngineEdits):
 
     # -- several at once --------------------------------------------------------------------------------------------
 
-    def test_streams_of_several_threads_interleave(self, engine: Engine, model: Any, ids: Ids, settle: Settle) -> None:
+    def test_streams_of_several_threads_interleave(
+        self, engine: LocalEngine, model: Any, ids: Ids, settle: Settle
+    ) -> None:
         """Each answers as if it were alone, also two of the same thread."""
         prompts = [np.concatenate([ids(30), ids(5, seed)]) for seed in (1, 2, 3, 3)]
         alone = [plain_answer(model, prompt, 8) for prompt in prompts]
@@ -196,7 +198,9 @@ class EngineConformance(EngineEdits):
         assert [[token.id for token in stream] for stream in zip(*together, strict=True)] == alone
         settle(*(key_of(prompt, np.array(ending)) for prompt, ending in zip(prompts, alone, strict=True)))
 
-    def test_python_threads_may_share_an_engine(self, engine: Engine, model: Any, ids: Ids, settle: Settle) -> None:
+    def test_python_threads_may_share_an_engine(
+        self, engine: LocalEngine, model: Any, ids: Ids, settle: Settle
+    ) -> None:
         """Each answers as if it were alone."""
         prompts = [np.concatenate([ids(20), ids(10, seed)]) for seed in range(1, 6)]
         alone = [plain_answer(model, prompt, 6) for prompt in prompts]
@@ -218,7 +222,7 @@ class EngineConformance(EngineEdits):
 
     @pytest.mark.parametrize("taken", [0, 1, 5])
     def test_closing_a_stream_releases_what_it_held(
-        self, engine: Engine, model: Any, page_size: int, ids: Ids, settle: Settle, taken: int
+        self, engine: LocalEngine, model: Any, page_size: int, ids: Ids, settle: Settle, taken: int
     ) -> None:
         """What was decoded stays cached, all of it can be dropped, and a stream that never began held nothing."""
         expected = plain_answer(model, ids(20), 5)
@@ -230,7 +234,9 @@ class EngineConformance(EngineEdits):
         assert engine.cached(grown) == (self.kept(19 + taken, page_size) if taken else 0)
         settle(grown)
 
-    def test_a_running_stream_keeps_what_is_dropped(self, engine: Engine, model: Any, ids: Ids, settle: Settle) -> None:
+    def test_a_running_stream_keeps_what_is_dropped(
+        self, engine: LocalEngine, model: Any, ids: Ids, settle: Settle
+    ) -> None:
         """Dropping its thread, or one that forks off it, does not disturb it."""
         expected = plain_answer(model, ids(30), 8)
         key, fork = key_of(ids(30)), key_of(ids(30)[:20], ids(10, 1))
@@ -247,7 +253,7 @@ class EngineConformance(EngineEdits):
     # -- the cache by hand ------------------------------------------------------------------------------------------
 
     def test_drop_forgets_what_only_this_thread_uses(
-        self, engine: Engine, model: Any, page_size: int, ids: Ids, settle: Settle
+        self, engine: LocalEngine, model: Any, page_size: int, ids: Ids, settle: Settle
     ) -> None:
         """It returns the slots it freed, leaves the fork alone, and dropping again frees nothing."""
         key, fork = key_of(ids(64)), key_of(ids(64)[:32], ids(32, 1))
@@ -265,7 +271,7 @@ class EngineConformance(EngineEdits):
         settle(key, fork)
 
     def test_what_is_read_is_what_transformers_computes(
-        self, engine: Engine, model: Any, ids: Ids, settle: Settle
+        self, engine: LocalEngine, model: Any, ids: Ids, settle: Settle
     ) -> None:
         """K is rotated; the result is a copy."""
         self.needs_cache()
@@ -279,7 +285,7 @@ class EngineConformance(EngineEdits):
         settle(key)
 
     def test_what_is_written_is_read_and_attended_to(
-        self, engine: Engine, model: Any, ids: Ids, settle: Settle
+        self, engine: LocalEngine, model: Any, ids: Ids, settle: Settle
     ) -> None:
         """States written over others serve the next call."""
         self.needs_cache()
@@ -295,7 +301,9 @@ class EngineConformance(EngineEdits):
         self.assert_close(engine.extend(key, num_last=2).logits, expected)
         settle(key)
 
-    def test_what_is_not_cached_can_be_neither_read_nor_written(self, engine: Engine, ids: Ids, settle: Settle) -> None:
+    def test_what_is_not_cached_can_be_neither_read_nor_written(
+        self, engine: LocalEngine, ids: Ids, settle: Settle
+    ) -> None:
         """SpanError, also where part of the interval is cached."""
         spec = engine.spec
         engine.extend(key_of(ids(32)))

@@ -1,0 +1,169 @@
+"""The scheduler's half of a span retraction: edits of cached paths, between two batches, all or nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from kv_retract.types import Interval
+
+from .cache import CachedPath, Namespace, RetractableRadixCache
+from .refusal import Refused
+from .steering import Steering
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Edited:
+    """What an edit did."""
+
+    tokens_erased: int = 0
+    tokens_recomputed: int = 0
+    tokens_moved: int = 0
+    slots_copied: int = 0
+    slots_freed: int = 0
+    edit_ms: float = 0.0
+
+
+class PathEditor:
+    """Edits cached paths of one rank.
+
+    Args:
+        cache: of the scheduler.
+        steering: the learned eraser; None: there is none.
+    """
+
+    def __init__(self, cache: RetractableRadixCache, steering: Steering | None) -> None:
+        self.cache, self.steering = cache, steering
+
+    def edit(
+        self,
+        ids: Sequence[int],
+        spans: Sequence[Interval],
+        new_ids: Sequence[int],
+        namespace: Namespace,
+        *,
+        steer: bool,
+        purge: bool = False,
+    ) -> Edited:
+        """Rewrite spans of a cached path and commit it under a new key.
+
+        Slots outside of the spans move to the new key without a copy where no other path uses them, else what follows
+        the first span is copied.
+
+        Args:
+            ids: the key, spans in place.
+            spans: intervals of it, in order; those that are not wholly cached are ignored.
+            new_ids: the key afterwards: tombstones in the spans, and nothing else changed.
+            namespace: of both.
+            steer: write steering states. False: the spans' KV stays as it is.
+            purge: forget other paths of the namespace that went through the first span.
+
+        Raises:
+            Refused: nothing of the spans is cached, a running request holds the path, there is no room, or no eraser.
+        """
+        started = time.perf_counter()
+        if steer and self.steering is None:
+            raise Refused("unsupported", "the server was started without an eraser; pass --eraser to kv-retract serve")
+        path = self.cache.locate(ids, namespace)
+        cached = len(path.slots)
+        whole = [(start, end) for start, end in spans if end <= cached]
+        if not whole:
+            raise Refused("not_cached", f"of {len(ids)} entries {cached} are cached, and no whole span among them")
+        cached = min([cached, *(start for start, end in spans if start < cached < end)])
+        ids, new_ids, first = list(ids[:cached]), list(new_ids[:cached]), whole[0][0]
+        below = self.cache.subtree(ids, first, namespace)
+        if self.cache.is_locked(below.nodes):
+            raise Refused("busy", "a running request holds the path; finish or abort it, then try again")
+        path = self.cache.locate(ids, namespace)
+        copy = not (below.exclusive or purge)
+        staged, fresh, counts = self._stage(ids, whole, path, steer=steer, copy=copy)
+        try:
+            freed = 0 if copy else self._release(below.nodes, staged)
+        except BaseException:
+            self.cache.give_back(fresh)
+            raise
+        self.cache.attach(new_ids, staged, first, namespace)
+        return Edited(
+            tokens_erased=sum(end - start for start, end in whole), slots_freed=freed,
+            slots_copied=len(fresh) - steer * sum(end - start for start, end in whole),
+            edit_ms=(time.perf_counter() - started) * 1e3, **counts,
+        )  # fmt: skip
+
+    def drop(self, ids: Sequence[int], start: int, namespace: Namespace, *, branches: bool) -> int:
+        """Forget the cached entries of a key from `start` on, zero them, return how many slots became free.
+
+        Args:
+            ids: the key.
+            start: first entry to go.
+            namespace: of the key.
+            branches: also what other keys cached that go through entry `start`; else only what no other path uses.
+
+        Raises:
+            Refused: a running request holds some of it.
+        """
+        if len(self.cache.locate(ids, namespace).slots) <= start:
+            return 0
+        below = self.cache.subtree(ids, start, namespace)
+        nodes = below.nodes
+        if not branches and not below.exclusive:
+            nodes = self._own_tail(ids, start, namespace)
+        if self.cache.is_locked(nodes):
+            raise Refused("busy", "a running request holds the path; finish or abort it, then try again")
+        return self.cache.give_back(self.cache.detach(nodes))
+
+    def _own_tail(self, ids: Sequence[int], start: int, namespace: Namespace) -> Sequence[Any]:
+        """Return the nodes of a path past its last fork, deepest first."""
+        nodes = self.cache.path(ids, namespace)
+        tail: list[Any] = []
+        for node in reversed(nodes):
+            if node.path_start < start or node.num_children > len(tail[-1:]):
+                break
+            tail.append(node)
+        return tail
+
+    def _stage(
+        self, ids: list[int], spans: Sequence[Interval], path: CachedPath, *, steer: bool, copy: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, int]]:
+        """Return the slots of the new path, those of them that are new, and counts; the old path is untouched."""
+        written, renewed = np.zeros((2, len(path.slots)), dtype=np.bool_)
+        for start, end in spans if steer else ():
+            written[start:end] = renewed[start:end] = True
+        if copy:
+            renewed[spans[0][0] :] = True
+        index, kept = (
+            torch.from_numpy(np.flatnonzero(which)).to(path.slots.device) for which in (renewed, renewed & ~written)
+        )
+        lock = self.cache.hold(path.node)
+        try:
+            fresh = self.cache.reserve(len(index))
+            try:
+                staged = path.slots.clone()
+                staged[index] = fresh.to(staged.dtype)
+                self._copy(path.slots[kept], staged[kept])
+                counts = {"tokens_recomputed": 0, "tokens_moved": 0}
+                if steer:
+                    assert self.steering is not None, "checked by edit"
+                    counts = self.steering.write(ids, spans, path.slots, staged)
+            except BaseException:
+                self.cache.give_back(fresh)
+                raise
+        finally:
+            self.cache.unlock(lock)
+        return staged, fresh, counts
+
+    def _release(self, nodes: Sequence[Any], staged: torch.Tensor) -> int:
+        """Take the old path out of the tree, but for what the new one uses."""
+        old = self.cache.detach(nodes)
+        return self.cache.give_back(old[~torch.isin(old, staged)])
+
+    def _copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        if len(source):
+            pool = self.cache.token_to_kv_pool_allocator.get_kvcache()
+            for k, v in zip(pool.k_buffer, pool.v_buffer, strict=True):
+                k[target] = k[source]
+                v[target] = v[source]

@@ -1,0 +1,98 @@
+"""How an SGLang server with the plugin is started: its command line and environment."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+from kv_retract.errors import KVRetractError
+from kv_retract.reference import MODEL_DIR
+
+from .config import PluginConfig
+from .plugin import NAME
+
+VERSION = "0.5.23"
+"""Of SGLang; the plugin takes hold of its scheduler, so another one is refused."""
+_CPU = (
+    "--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch", "--dtype", "float32",
+    "--grammar-backend", "none", "--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-prefill", "disabled",
+    "--mem-fraction-static", "0.2", "--sleep-on-idle",
+)  # fmt: skip
+
+
+class ServeError(KVRetractError, RuntimeError):
+    """A server cannot be started as asked."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Server:
+    """What to serve."""
+
+    model: str = "reference"
+    """`reference`, or a directory."""
+    eraser: str = ""
+    """Folder of a learned eraser of the model, or, for the reference model, a variant. Empty: `kv_map` for the
+    reference model, none for others."""
+    ledger: str = ""
+    """SQLite file for span retractions; empty: they are lost with the server."""
+    host: str = "127.0.0.1"
+    port: int = 30000
+    max_tokens: int | None = None
+    """Size of the KV pool; None: on a GPU as SGLang sees fit, on a CPU 65,536."""
+    plain: bool = False
+    """Without span retraction: SGLang as it is, for comparisons."""
+    extra: Sequence[str] = field(default=())
+    """Further arguments of SGLang; they go last and so win."""
+
+    def command(self, *, has_gpu: bool) -> list[str]:
+        """Return the command line.
+
+        Raises:
+            ServeError: the model is no directory.
+        """
+        path = MODEL_DIR if self.model == "reference" else Path(self.model).expanduser()
+        if not path.is_dir():
+            raise ServeError(f"expected 'reference' or a directory of a model, got {self.model!r}")
+        tokens = self.max_tokens or (None if has_gpu else 65_536)
+        return [
+            sys.executable, "-m", "sglang.launch_server", "--model-path", str(path), "--served-model-name", self.model,
+            "--host", self.host, "--port", str(self.port),
+            *(() if self.plain else ("--radix-cache-backend", NAME)),
+            *(() if has_gpu else _CPU),
+            *(("--max-total-tokens", str(tokens)) if tokens else ()),
+            *(("--tool-call-parser", "hermes") if self.model == "reference" else ()),
+            *self.extra,
+        ]  # fmt: skip
+
+    def environment(self) -> dict[str, str]:
+        """Return the server's environment: this process's, and the plugin's configuration.
+
+        Raises:
+            EraserMismatchError: there is no eraser where one is named.
+        """
+        from kv_retract.erasers.kveraser.config import VARIANTS, read_eraser_config
+        from kv_retract.erasers.kveraser.eraser import SHIPPED
+
+        folder = self.eraser or ("kv_map" if self.model == "reference" else "")
+        if self.model == "reference" and folder in VARIANTS:
+            folder = str(SHIPPED / folder)
+        if folder:
+            read_eraser_config(Path(folder).expanduser())
+            folder = str(Path(folder).expanduser().resolve())
+        ledger = str(Path(self.ledger).expanduser().resolve()) if self.ledger else ""
+        return PluginConfig(ledger=ledger, eraser=folder).to_environment()
+
+
+def check_sglang() -> None:
+    """Raise ServeError where SGLang is not installed beside kv-retract, or in another version."""
+    from importlib.metadata import version
+
+    if find_spec("sglang") is None:
+        raise ServeError(
+            f"SGLang is not installed in this environment; in one of its own: pip install sglang=={VERSION} kv-retract"
+        )
+    if (found := version("sglang")) != VERSION:
+        raise ServeError(f"expected sglang=={VERSION}, got {found}: the plugin takes hold of that version's scheduler")
