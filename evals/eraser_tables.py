@@ -87,6 +87,30 @@ def latency_table(data: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def sglang_table(data: Mapping[str, Any]) -> str:
+    """Return the next step after a withdrawal in a real server, by length and arm."""
+    arms = list(next(iter(data["ttft_ms"].values())))
+    lines = [f"| tokens | {' | '.join(f'`{arm}`' for arm in arms)} |", "|---" * (len(arms) + 1) + "|"]
+    for length, first in data["ttft_ms"].items():
+        cells = (
+            f"{number(data['edit_ms'][length][arm])} + {number(first[arm])} "
+            f"({number(data['speedup_vs_plain'][length][arm])})"
+            for arm in arms
+        )
+        lines.append(f"| {length} | {' | '.join(cells)} |")
+    ratio, hook, machine = data["ordinary_traffic_ratio"], data["ledger_hook_ms"], data["machine"]
+    costs = ", ".join(f"{number(ms)} ms with {n}" for n, ms in hook.items())
+    lines += [
+        "",
+        f"Milliseconds of the withdrawal and of the next step's first token (in brackets, how many times as fast as "
+        f"`plain`); {data['span']} tokens at {data['depth']:.0%} depth, model `{data['model']}`, "
+        f"{machine['processor']} with {machine['threads']} threads, medians of {data['repeats']}. Ordinary traffic "
+        f"runs at {number(ratio['median'])} ({number(ratio['min'])} to {number(ratio['max'])}) of its speed without "
+        f"the plugin; arriving takes a request of 8192 tokens {costs} retractions in its thread.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def repeated_table(data: Mapping[str, Any]) -> str:
     """Return what is left of a thread after many edits, one after the other."""
     lines = [

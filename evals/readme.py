@@ -21,6 +21,7 @@ from .eraser_tables import (
     kinds_table,
     latency_table,
     repeated_table,
+    sglang_table,
     shared_table,
 )
 from .report import number
@@ -171,6 +172,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "latency": ("latency.json", latency_table),
     "repeated": ("repeated/metrics.json", repeated_table),
     "shared": ("shared.json", shared_table),
+    "sglang": ("sglang.json", sglang_table),
 }
 """Name to results file and writer."""
 

@@ -1,4 +1,7 @@
-"""Every example runs as a user would run it: in a process of its own, from an empty folder, without a network."""
+"""Every example runs as a user would run it: in a process of its own, from an empty folder, without a network.
+
+The one that needs an SGLang server is run by tests/sglang/test_example.py.
+"""
 
 import os
 import re
@@ -10,6 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("0*.py"))
+ON_A_SERVER = ROOT / "examples" / "04_sglang_server.py"
+ALONE = [path for path in EXAMPLES if path != ON_A_SERVER]
 # Imported by every Python process that finds it: a connection to anywhere is an error.
 NO_NETWORK = "import pytest_socket\npytest_socket.disable_socket(allow_unix_socket=True)\n"
 
@@ -62,7 +67,7 @@ def named(name):
 
 
 def test_facts_are_known_of_every_example():
-    assert [path.name for path in EXAMPLES] == list(FACTS)
+    assert [path.name for path in ALONE] == list(FACTS)
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
@@ -70,7 +75,7 @@ def test_it_is_short(example):
     assert len(example.read_text(encoding="utf-8").splitlines()) < 80
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
+@pytest.mark.parametrize("example", ALONE, ids=lambda path: path.name)
 def test_it_runs_and_says_what_happened(example, output):
     printed = output(example)
     for fact in FACTS[example.name]:
@@ -88,6 +93,12 @@ def test_the_agents_second_answer_comes_mostly_from_the_cache(output):
     found = re.findall(r"messages: (\d+) tokens in, (\d+) from the cache", output(named("02_langchain_agent.py")))
     tokens, cached = map(int, found[1])
     assert cached > 0.5 * tokens
+
+
+def test_it_says_that_it_needs_a_server(tmp_path):
+    ran = subprocess.run([sys.executable, str(ON_A_SERVER)], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert "URL" in ran.stderr and "kv-retract serve" in ran.stderr and "Traceback" not in ran.stderr
 
 
 def test_connections_would_have_failed(tmp_path):

@@ -113,7 +113,11 @@ class SpanService:
         new = [record for record in made if record not in known]
         before, exact = self.resolve(ids, known)
         self.ledger.put(new)
-        edited = self._apply(ids, known, exact, before, new, steered=steered) if new else Edited()
+        try:
+            edited = self._apply(ids, known, exact, before, new, steered=steered) if new else Edited()
+        except BaseException:
+            self.ledger.set_state(new, "revoked")  # what is refused has not happened
+            raise
         if not steered:  # a stronger guarantee for what was steered before
             self.ledger.set_state([record for record in made if record in known], "exact")
         states = {record.retraction_id: record for record in self.ledger.records(body.extra_key)}

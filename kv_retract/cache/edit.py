@@ -110,7 +110,7 @@ class PathEdit:
         pages, state = self._pages()[self._first :], self._state[self._first :]
         manager.pool.retain(pages[(pages != NO_SLOT) & (state != _FRESH)])
         known = manager.index.insert(new_ids, self.slots, extra_key=self.lease.extra_key)
-        stray = np.setdiff1d(self.fresh_pages, pages)  # owned, then hidden
+        stray = self.fresh_pages[~np.isin(self.fresh_pages, pages)]  # owned, then hidden
         manager.free(np.concatenate([stray, manager.pages_of(self.slots[start:known])]))
         self._close()
         freed = manager.drop(old, start, extra_key=self.lease.extra_key)

@@ -102,9 +102,20 @@ def shared():
     }  # fmt: skip
 
 
+def sglang():
+    def by_arm(plain, kveraser):
+        return {"1024": {"plain": plain, "kveraser": kveraser}, "8192": {"plain": 10 * plain, "kveraser": kveraser}}
+
+    return {
+        "ttft_ms": by_arm(200.0, 20.0), "edit_ms": by_arm(0.0, 5.0), "speedup_vs_plain": by_arm(1.0, 8.0),
+        "ordinary_traffic_ratio": {"median": 0.99, "min": 0.9, "max": 1.1}, "ledger_hook_ms": {"1": 0.1, "100": 0.5},
+        "span": 64, "depth": 0.1, "model": "m", "machine": MACHINE, "repeats": 7,
+    }  # fmt: skip
+
+
 DATA = {
     "erasers": erasers, "erasers-kinds": erasers, "erasers-documents": erasers, "extraction": erasers,
-    "repeated": repeated, "latency": latency, "shared": shared,
+    "repeated": repeated, "latency": latency, "shared": shared, "sglang": sglang,
 }  # fmt: skip
 
 
@@ -137,6 +148,13 @@ def test_kinds_are_weighted_by_traces():
 def test_extraction():
     rows, _ = lines(tables.extraction_table(erasers()))
     assert rows[1:] == [["`mask`", "4", "0.750 ± 0.250", "0.000 ± 0.000"], ["`kveraser` blind", "0", "–", "–"]]
+
+
+def test_sglang():
+    rows, prose = lines(tables.sglang_table(sglang()))
+    assert rows[1:] == [["1024", "0 + 200 (1)", "5 + 20 (8)"], ["8192", "0 + 2000 (10)", "5 + 20 (8)"]]
+    for told in ("64 tokens at 10% depth", "Abacus 3", "0.99 (0.9 to 1.1)", "0.1 ms with 1, 0.5 ms with 100"):
+        assert told in prose
 
 
 def test_latency_at_the_first_depth():

@@ -170,10 +170,13 @@ def test_a_thread_with_a_fork(server, engine, thread):
 def test_the_ledger_survives_a_restart(server, engine, thread, tmp_path):
     ids, name = thread
     options = ("--ledger", str(tmp_path / "spans.sqlite"))
-    with serving(tmp_path, *options) as first:
+    with serving(tmp_path, *options, "--", "--enable-metrics") as first:
         first.generate(ids[:380], name)
         first.retract(ids[:380], [SPAN], name, reason="wrong", policy="mine")
         assert first.generate(ids, name)["cached"] == 380
+        metrics = first.http.get("/metrics").text
+        assert 'kv_retract:operations_total{operation="retract",outcome="ok"} 1.0' in metrics
+        assert "kv_retract:tokens_erased_total 20.0" in metrics and "sglang:" in metrics
     with serving(tmp_path, *options) as second:
         (kept,) = second.post("/kv_retract/status", {"extra_key": name})["retractions"]
         assert (kept["policy"], kept["reason"]) == ("mine", "wrong")
