@@ -176,6 +176,8 @@ class RetractAnswer(_Body):
 
     retractions: list[Retraction]
     edit: EditAnswer
+    num_cached: int
+    """Tokens of the thread that were cached before. 0: this server has not seen it; do clients send this text?"""
 
 
 class ChangeRequest(_Body):

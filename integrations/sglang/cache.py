@@ -1,17 +1,25 @@
 """A radix cache of SGLang whose paths can be edited: the tree's half of a span retraction.
 
 Works with the Rust core and the Python core of `UnifiedRadixCache`. The Rust core shows no node objects, so the cache
-remembers where the inserts of each namespace ended; from there `collect_path_info` leads to every node.
+keeps the ids of each namespace's nodes itself: nodes are born where an insert or a match ends, or above, and go when
+they are evicted.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams, InsertResult, MatchPrefixParams, TreeLock
+from sglang.srt.mem_cache.base_prefix_cache import (
+    EvictParams,
+    InsertParams,
+    InsertResult,
+    MatchPrefixParams,
+    MatchResult,
+    TreeLock,
+)
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
@@ -45,31 +53,36 @@ class Subtree(NamedTuple):
     """Whether they are all on that one path."""
 
 
-_FIRST_SWEEP = 64
-
-
 class RetractableRadixCache(UnifiedRadixCache):
     """`UnifiedRadixCache` with the operations that a span retraction is made of. Ordinary traffic passes through."""
 
+    service: Any = None
+    """The `SpanService` of the scheduler, for hooks that see the cache only."""
+
     def __init__(self, params: CacheInitParams) -> None:
-        self._forget_ends()
+        self._forget_nodes()
         super().__init__(params)
 
     def insert(self, params: InsertParams) -> InsertResult:
-        """As SGLang's; remembers where it ended."""
+        """As SGLang's; remembers the nodes of the path."""
         result = super().insert(params)
         if params.key is not None and result.last_device_node is not None:
-            namespace = Namespace(params.key.extra_key, params.key.cache_salt)
-            ends = self._ends.setdefault(namespace, {})
-            ends[result.last_device_node] = None
-            if len(ends) >= self._sweep_at.get(namespace, _FIRST_SWEEP):
-                self._paths(namespace)
-                self._sweep_at[namespace] = max(_FIRST_SWEEP, 2 * len(ends))
+            self._remember(result.last_device_node, Namespace(params.key.extra_key, params.key.cache_salt))
         return result
+
+    def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
+        """As SGLang's; a match that splits a node ends at the new one, which is remembered."""
+        result = super().match_prefix(params)
+        self._remember(result.last_device_node, Namespace(params.key.extra_key, params.key.cache_salt))
+        return result
+
+    def touch_prefix(self, key: RadixKey) -> None:
+        """As SGLang's: it may split a node as well."""
+        self.match_prefix(MatchPrefixParams(key=key))
 
     def reset(self) -> None:
         """As SGLang's."""
-        self._forget_ends()
+        self._forget_nodes()
         super().reset()
 
     def locate(self, ids: Sequence[int], namespace: Namespace) -> CachedPath:
@@ -87,7 +100,7 @@ class RetractableRadixCache(UnifiedRadixCache):
         """Return the nodes at and below entry `start` of the cached path `ids`, split so that one begins there.
 
         Raises:
-            Refused: a node below hangs where no insert of this namespace ended.
+            Refused: a node below is not known.
         """
         self.locate(ids[:start], namespace)  # forces a border of nodes at `start`
         path = self.path(ids, namespace)
@@ -104,7 +117,7 @@ class RetractableRadixCache(UnifiedRadixCache):
         for node in found.values():
             children[node.parent_id] = children.get(node.parent_id, 0) + 1
         if not own <= found.keys() or any(n.num_children != children.get(n.node_id, 0) for n in found.values()):
-            raise Refused("unsupported", "the tree below the span holds nodes that no insert of this thread made")
+            raise Refused("unsupported", "the tree below the span holds nodes that are not known; flush the cache")
         nodes = tuple(sorted(found.values(), key=lambda node: -node.path_start))
         return Subtree(nodes, found.keys() == own)
 
@@ -139,6 +152,7 @@ class RetractableRadixCache(UnifiedRadixCache):
         """Take unlocked nodes out of the tree, deepest first; return their slots, which the caller now owns."""
         parts = [torch.empty(0, dtype=torch.int64, device=self.device)]
         for node in nodes:
+            self._forget(node.node_id)
             result = self.tree_core.evict_device_leaf(node.node_id, self.is_write_back)
             assert result.backup_kv is None, "caches with a host tier are refused"
             parts += result.device_frees.pop(ComponentType.FULL, [])
@@ -159,19 +173,32 @@ class RetractableRadixCache(UnifiedRadixCache):
             self.token_to_kv_pool_allocator.free(slots)
         return len(slots)
 
-    def _forget_ends(self) -> None:
-        self._ends: dict[Namespace, dict[NodeId, None]] = {}
-        self._sweep_at: dict[Namespace, int] = {}
+    def _evict_device_leaf(self, node_id: NodeId, tracker: dict[ComponentType, int]) -> Any:
+        self._forget(node_id)
+        return super()._evict_device_leaf(node_id, tracker)
 
-    def _paths(self, namespace: Namespace) -> list[tuple[TreePathNodeInfo, ...]]:
-        """Return all paths of a namespace, and forget ends that are gone."""
-        ends, paths = self._ends.get(namespace, {}), []
-        for end in list(ends):
-            try:
-                paths += self.tree_core.collect_path_info([end])
-            except KeyError:
-                del ends[end]
-        return paths
+    def _remember(self, end: NodeId, namespace: Namespace) -> None:
+        """Remember a node and those above it. Where it is known, so are they: a split always ends at a new node."""
+        if end in self._home:
+            return
+        for node in self.tree_core.collect_path_info([end])[0]:
+            self._home[node.node_id] = namespace
+            self._nodes.setdefault(namespace, {})[node.node_id] = None
+
+    def _forget(self, node_id: NodeId) -> None:
+        if (namespace := self._home.pop(node_id, None)) is not None:
+            nodes = self._nodes[namespace]
+            del nodes[node_id]
+            if not nodes:
+                del self._nodes[namespace]
+
+    def _forget_nodes(self) -> None:
+        self._home: dict[NodeId, Namespace] = {}
+        self._nodes: dict[Namespace, dict[NodeId, None]] = {}
+
+    def _paths(self, namespace: Namespace) -> tuple[tuple[TreePathNodeInfo, ...], ...]:
+        """Return the path to every node of a namespace."""
+        return self.tree_core.collect_path_info(list(self._nodes.get(namespace, ())))
 
 
 def _key(ids: Sequence[int], namespace: Namespace) -> RadixKey:

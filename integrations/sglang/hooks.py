@@ -109,7 +109,7 @@ class _Parked(NamedTuple):
 def _add_dispatch(result: Any, scheduler: Any) -> None:
     if not isinstance(scheduler.tree_cache, RetractableRadixCache):
         return
-    scheduler.kv_retract = _service_of(scheduler)
+    scheduler.kv_retract = scheduler.tree_cache.service = _service_of(scheduler)
     scheduler.kv_retract_parked = []
     handler = partial(_run_or_park, scheduler)
     scheduler._request_dispatcher += TypeBasedDispatcher([(SpanRequest, handler)])
@@ -189,22 +189,34 @@ def _on_arrival(
     service: SpanService | None = getattr(scheduler, "kv_retract", None)
     if service is None or ids is None:
         return original(scheduler, received, rid, text, ids, *args, **kwargs)
-    rewritten = service.rewrite(ids, received.extra_key)
+    original_ids, rewritten = ids, service.rewrite(ids, received.extra_key)
     if rewritten is not None:
-        ids = array("q", rewritten.tolist())
-        received.input_ids = ids
+        ids = received.input_ids = array("q", rewritten.tolist())
     request = original(scheduler, received, rid, text, ids, *args, **kwargs)
+    request.kv_retract_original = original_ids if rewritten is not None else None
     if rewritten is None and (cold := service.cold(ids, Namespace(received.extra_key, received.cache_salt))):
         request.set_finish_with_abort(f"{api.COLD}: {cold} of them are not cached; leave their spans out of the prompt")
     return request
 
 
 def _on_admission(original: Callable[..., Any], adder: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-    """Refuse a request whose tombstones were evicted while it waited: they must never reach an embedding."""
-    if isinstance(adder.tree_cache, RetractableRadixCache) and request.to_finish is None:
-        cached = request.prefix_len + request.host_hit_length
-        ids = request.origin_input_ids
+    """Keep tombstones that were evicted while a request waited from an embedding: rewrite it anew, or refuse it."""
+    cache = adder.tree_cache
+    if isinstance(cache, RetractableRadixCache) and request.to_finish is None:
+        cached, ids = request.prefix_len + request.host_hit_length, request.origin_input_ids
         if len(ids) > cached and min(ids[cached:]) < 0:
-            request.set_finish_with_abort(f"{api.COLD}: they were evicted while the request waited; send it again")
-            request.init_next_round_input(adder.tree_cache)
+            if request.kv_retract_original is None:
+                request.set_finish_with_abort(f"{api.COLD}: they were evicted while the request waited; send it again")
+            else:
+                _rewrite_waiting(cache.service, request)
+            request.init_next_round_input(cache)
     return original(adder, request, *args, **kwargs)
+
+
+def _rewrite_waiting(service: SpanService, request: Any) -> None:
+    """Leave what is no longer cached out of a request that has not begun, or was preempted."""
+    rewritten = service.rewrite(request.kv_retract_original, request.extra_key)
+    ids = array("q", request.kv_retract_original if rewritten is None else rewritten.tolist())
+    if request.logprob_start_len > 0:
+        request.logprob_start_len = min(request.logprob_start_len, len(ids))
+    request.origin_input_ids = request.origin_input_ids_unpadded = ids

@@ -112,6 +112,7 @@ class SpanService:
         made = new_records(ids, spans, known, template)
         new = [record for record in made if record not in known]
         before, exact = self.resolve(ids, known)
+        num_cached = len(self.editor.cache.locate(before.ids.tolist(), Namespace(body.extra_key)).slots)
         self.ledger.put(new)
         try:
             edited = self._apply(ids, known, exact, before, new, steered=steered) if new else Edited()
@@ -122,7 +123,9 @@ class SpanService:
             self.ledger.set_state([record for record in made if record in known], "exact")
         states = {record.retraction_id: record for record in self.ledger.records(body.extra_key)}
         return api.RetractAnswer(
-            retractions=[_retraction(states[record.retraction_id]) for record in made], edit=_answer(edited)
+            retractions=[_retraction(states[record.retraction_id]) for record in made],
+            edit=_answer(edited),
+            num_cached=num_cached,
         )
 
     def undo(self, body: api.ChangeRequest) -> api.StatusAnswer:
