@@ -75,7 +75,7 @@ lint: $(STAMP)  ## check style and format
 type: $(STAMP)  ## check types
 	@$(BIN)/mypy
 
-results: $(STAMP)  ## measure anew what the README's tables show; MORE names the trajectories
+results: $(STAMP) $(SGLANG_STAMP)  ## measure anew what the README's tables show; MORE names the trajectories
 	@test -n '$(MORE)' || { echo "name the file of 100 tau-bench trajectories: make results MORE=FILE"; exit 2; }
 	@rm -rf runs/results && $(BIN)/kv-retract bench edit --repeats 9 --out runs/results/bench-edit.json
 	@$(call REPLAY,$(MORE),runs/results/replay)
@@ -89,7 +89,8 @@ results: $(STAMP)  ## measure anew what the README's tables show; MORE names the
 	@$(call EVAL,repeated,--edits 1 --edits 4 --edits 16 --n 4,repeated) && cp runs/results/repeated/repeated.svg evals/results/repeated/
 	@$(BIN)/kv-retract bench latency $(LATENCY) --out runs/results/latency.json
 	@$(BIN)/kv-retract bench shared --out runs/results/shared.json
-	@cp runs/results/latency.json runs/results/shared.json evals/results/
+	@$(BIN)/kv-retract bench sglang --venv $(SGLANG_VENV) --repeats 5 --out runs/results/sglang.json
+	@cp runs/results/latency.json runs/results/shared.json runs/results/sglang.json evals/results/
 	@$(MAKE) --no-print-directory tables
 
 tables: $(STAMP)  ## write the tables of the pages from evals/results
