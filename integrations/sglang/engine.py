@@ -43,6 +43,8 @@ from .decoding import request_for, tokens_of
 from .refusal import Refused
 
 TIMEOUT_S = 600.0
+PURGE_WAIT_S = 60.0
+"""How long a guarantee of deletion waits for requests that hold what is to be forgotten."""
 
 _ERRORS: dict[str, type[KVRetractError]] = {
     "busy": ThreadBusyError,
@@ -216,7 +218,7 @@ class SGLangEngine(Engine):
 
     def purge(self, key: ThreadKey, start: int) -> int:
         """Forget the tail and its branches; raises ThreadBusyError or ServerError."""
-        return self._drop(key, start, branches=True)
+        return self._drop(key, start, branches=True, wait_s=PURGE_WAIT_S)
 
     def _status(self) -> api.StatusAnswer:
         try:
@@ -241,9 +243,13 @@ class SGLangEngine(Engine):
         )
         return self._client.ask("edit", request, api.EditAnswer)
 
-    def _drop(self, key: ThreadKey, start: int, *, branches: bool) -> int:
+    def _drop(self, key: ThreadKey, start: int, *, branches: bool, wait_s: float = 5.0) -> int:
         request = api.DropRequest(
-            token_ids=key.ids.tolist(), start=start, branches=branches, extra_key=key.extra_key or None
+            token_ids=key.ids.tolist(),
+            start=start,
+            branches=branches,
+            extra_key=key.extra_key or None,
+            wait_s=wait_s,
         )
         try:
             return self._client.ask("drop", request, api.DropAnswer).slots_freed

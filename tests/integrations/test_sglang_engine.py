@@ -426,8 +426,9 @@ def test_an_edit_is_sent_as_far_as_it_is_cached(name, kind):
 
 
 def dropped(key, start, *, branches=False):
-    body = {"token_ids": key.ids.tolist(), "start": start, "branches": branches, "extra_key": "n", "wait_s": 5.0}
-    return ("drop", body)
+    """A deletion waits longer than an edit."""
+    body = {"token_ids": key.ids.tolist(), "start": start, "branches": branches, "extra_key": "n"}
+    return ("drop", body | {"wait_s": 60.0 if branches else 5.0})
 
 
 def test_a_span_that_eviction_has_cut_goes_as_a_whole():
