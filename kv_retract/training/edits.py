@@ -91,6 +91,7 @@ def edit_of_text(
     rng: random.Random,
     *,
     marks: Collection[int] = (),
+    turn_share: float = 0.5,
     most_spans: int = 3,
     longest: int = 512,
     ahead: int = 48,
@@ -98,12 +99,13 @@ def edit_of_text(
     """Return a text with spans to be erased: span-neighbor pre-training (arXiv 2606.17034).
 
     The last tokens of the text are its continuation, and the tokens behind each span its neighbors. A span is a random
-    piece, or, half of the time where the text has marks, all that stands between two of them: a turn, a tool result.
+    piece or, where the text has marks, sometimes all that stands between two of them: a turn, a tool result.
 
     Args:
         text: token ids; at least 3 * `ahead` of them.
         rng: where chance comes from.
         marks: tokens that begin and end turns and their parts (`RowEncoder.marks`).
+        turn_share: how often what stands between marks is drawn.
         most_spans: spans at most.
         longest: tokens of a span at most; random pieces are an eighth of the text at most, others a third.
         ahead: tokens of the continuation, and of neighbors at most.
@@ -121,7 +123,7 @@ def edit_of_text(
     for _ in range(log_uniform(most_spans, rng)):
         length = log_uniform(min(longest, max(1, len(thread) // 8)), rng)
         start = rng.randrange(len(thread) - length - 2)
-        if parts and rng.random() < 0.5:
+        if parts and turn_share and rng.random() < turn_share:
             start, end = rng.choice(parts)
             length = end - start
         if all(start + length < a or b < start for a, b in spans):

@@ -72,4 +72,6 @@ def _text_row(
         )
         text = encoder.thread(sample, with_tools=False)[0]
     piece = piece_of(text, length, rng)
-    return edit_of_text(piece, rng, marks=encoder.marks, most_spans=config.most_spans, ahead=AHEAD)
+    return edit_of_text(
+        piece, rng, marks=encoder.marks, turn_share=config.turn_share, most_spans=config.most_spans, ahead=AHEAD
+    )

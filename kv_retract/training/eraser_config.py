@@ -38,10 +38,12 @@ class EraserTraining:
     warmup: int = 30
     affected_weight: float = 2.0
     """Weight of what a span affects, beside 1 for what must stay as it is."""
-    text_share: float = 0.3
+    text_share: float = 0.15
     """Share of rows of stage 1 during stage 2."""
-    real_share: float = 0.75
+    real_share: float = 0.5
     """Share of the rows of stage 1 that are pieces of real text, where there is some."""
+    turn_share: float = 0.0
+    """Share of their spans that are whole turns, calls or tool results, not random pieces (evals/LOG.md)."""
     most_spans: int = 16
     """Spans that are erased together, at most; few are as likely as many."""
     most_probes: int = 12
@@ -66,7 +68,7 @@ class EraserTraining:
             raise ConfigError(f"expected {', '.join(small)} of at least 1")
         if self.pretrain_steps < 0 or self.finetune_steps < 0 or self.affected_weight < 0:
             raise ConfigError("expected pretrain_steps, finetune_steps and affected_weight of at least 0")
-        for name in ("text_share", "real_share"):
+        for name in ("text_share", "real_share", "turn_share"):
             if not 0 <= (share := getattr(self, name)) <= 1:
                 raise ConfigError(f"expected a {name} from 0 to 1, got {share}")
 
