@@ -100,5 +100,5 @@ bench: $(STAMP)  ## time each eraser's edit of an 8K thread
 	@mkdir -p runs && $(BIN)/kv-retract bench edit --model random-256 --out runs/bench-$(NOW).json
 
 clean:  ## remove what the other targets made, .venv included
-	@rm -rf $(VENV) build dist *.egg-info .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf $(VENV) .venv-sglang build dist *.egg-info .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
