@@ -23,6 +23,8 @@ MANY_TRACES ?= 16
 DOCUMENTS ?= 20
 LENGTHS := --length 256 --length 1024 --length 2048 --length 4096
 LATENCY ?= --context 1024 --context 4096 --context 8192 --repeats 10
+# Where it is installed (Debian: libtcmalloc-minimal4). glibc gives a prefill's memory back while the edit is timed.
+TCMALLOC ?= $(firstword $(wildcard /usr/lib/*/libtcmalloc_minimal.so.4))
 EVAL = $(BIN)/kv-retract eval $(1) $(2) --workers $(WORKERS) --out runs/results/$(3) && \
 	mkdir -p evals/results/$(3) && cp runs/results/$(3)/metrics.json evals/results/$(3)/
 IN_DOMAIN := --task errors --task facts --task injections --task needles --task preferences --task relations --task updates
@@ -87,7 +89,7 @@ results: $(STAMP) $(SGLANG_STAMP)  ## measure anew what the README's tables show
 	@$(call EVAL,erasers,--split train $(IN_DOMAIN) --arm recompute --arm kveraser --n $(MANY_TRACES) $(LENGTHS),erasers-default)
 	@$(call EVAL,erasers,--task documents --n $(DOCUMENTS) --length 512 --length 1024,erasers-documents)
 	@$(call EVAL,repeated,--edits 1 --edits 4 --edits 16 --n 4,repeated) && cp runs/results/repeated/repeated.svg evals/results/repeated/
-	@$(BIN)/kv-retract bench latency $(LATENCY) --out runs/results/latency.json
+	@LD_PRELOAD=$(TCMALLOC) $(BIN)/kv-retract bench latency $(LATENCY) --out runs/results/latency.json
 	@$(BIN)/kv-retract bench shared --out runs/results/shared.json
 	@$(BIN)/kv-retract bench sglang --venv $(SGLANG_VENV) --repeats 5 --out runs/results/sglang.json
 	@cp runs/results/latency.json runs/results/shared.json runs/results/sglang.json evals/results/

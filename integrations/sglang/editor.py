@@ -77,10 +77,10 @@ class PathEditor:
         cached = min([cached, *(start for start, end in spans if start < cached < end)])
         ids, new_ids, first = list(ids[:cached]), list(new_ids[:cached]), whole[0][0]
         below = self.cache.subtree(ids, first, namespace)
-        if self.cache.is_locked(below.nodes):
+        copy = not (below.exclusive or purge)
+        if not copy and self.cache.is_locked(below.nodes):
             raise Refused("busy", "a running request holds the path; finish or abort it, then try again")
         path = self.cache.locate(ids, namespace)
-        copy = not (below.exclusive or purge)
         staged, fresh, counts = self._stage(ids, whole, path, steer=steer, copy=copy)
         try:
             freed = 0 if copy else self._release(below.nodes, staged)

@@ -1,5 +1,7 @@
 """Span retractions in a running SGLang server: its cache, its answers, its guards."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -165,6 +167,36 @@ def test_a_thread_with_a_fork(server, engine, thread):
     after = server.generate(fork, name)
     assert after["cached"] == 150, "the part in common was steered for both"
     assert_same(after, embedded(engine, fork[:150], [SPAN], "kveraser", fork[150:]))
+
+
+def test_an_edit_beside_a_running_thread_copies(server, engine, thread):
+    """Two threads of one namespace share a document; one is edited while the other one answers from it."""
+    ids, name = thread
+    own, other = ids[:380], np.concatenate([ids[:150], ids[::-1][:60]])
+    server.generate(own, name)
+    before = server.generate(other, name, n=300)
+    edits = [KeyEdit(start=60, end=80, exact=False, eraser_id="e", retraction_id="r")]
+    new = build_key(own, edits).ids
+    body = {
+        "input_ids": other.tolist(), "extra_key": name, "stream": True,
+        "sampling_params": {"max_new_tokens": 300, "temperature": 0, "ignore_eos": True},
+    }  # fmt: skip
+    with server.http.stream("POST", "/generate", json=body) as stream:
+        lines = (line for line in stream.iter_lines() if line.startswith("data: {"))
+        next(lines)
+        edit = {
+            "token_ids": own.tolist(), "new_token_ids": new.tolist(), "spans": [{"start": 60, "end": 80}],
+            "extra_key": name, "wait_s": 0,
+        }  # fmt: skip
+        told = server.post("/kv_retract/edit", edit)
+        assert told["slots_copied"] == 300 and told["slots_freed"] == 0
+        *_, last = lines
+    assert json.loads(last.removeprefix("data: "))["output_ids"] == before["ids"]
+    assert server.matched(new, name) == 380 and server.matched(own, name) == 380
+    after = server.generate(np.concatenate([new, ids[ASK]]), name)
+    assert after["cached"] == 380
+    assert_same(after, embedded(engine, own, [SPAN], "kveraser", ids[ASK]))
+    server.assert_alive()
 
 
 def test_the_ledger_survives_a_restart(server, engine, thread, tmp_path):

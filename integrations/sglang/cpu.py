@@ -1,0 +1,71 @@
+"""What SGLang 0.5.23 needs on a machine without a GPU, vllm or AMX kernels; nothing here runs on others.
+
+Its rotary embeddings ask for vllm there, and its `torch_native` attention computes queries for the whole cached prefix
+again, so that a cached prefix saves a request nothing but the other layers.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from torch.nn.functional import scaled_dot_product_attention
+
+_ROTARY = "sglang.srt.layers.rotary_embedding.base.RotaryEmbedding.__init__"
+_EXTEND = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend._run_sdpa_forward_extend"
+
+
+def register() -> None:
+    """Register the hooks where they are needed."""
+    if not (torch.cuda.is_available() or importlib.util.find_spec("vllm")):
+        HookRegistry.register(_ROTARY, _native_rotary, HookType.AROUND)
+        HookRegistry.register(_EXTEND, _extend, HookType.AROUND)
+
+
+def _native_rotary(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    import sglang.srt.layers.rotary_embedding.base as base
+
+    before, base._is_cpu = base._is_cpu, True
+    try:
+        return original(*args, **kwargs)
+    finally:
+        base._is_cpu = before
+
+
+def _extend(
+    original: Callable[..., torch.Tensor],
+    backend: Any,
+    query: torch.Tensor,
+    output: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    req_to_token: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    seq_lens: torch.Tensor,
+    extend_prefix_lens: torch.Tensor,
+    extend_seq_lens: torch.Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Attend from the new tokens only, where the layer is an ordinary causal one; else as SGLang does."""
+    windowed = (kwargs.get("sliding_window_size") or -1) > -1
+    if not kwargs.get("causal") or kwargs.get("is_cross_attn") or windowed or any(a is not None for a in args):
+        return original(
+            backend, query, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, extend_prefix_lens,
+            extend_seq_lens, *args, **kwargs,
+        )  # fmt: skip
+    at = 0
+    for row, total, count in zip(req_pool_indices.tolist(), seq_lens.tolist(), extend_seq_lens.tolist(), strict=True):
+        slots = req_to_token[row, :total]
+        k, v = (cache[slots].transpose(0, 1)[None].to(query.dtype) for cache in (k_cache, v_cache))
+        mask = torch.ones(count, total, dtype=torch.bool).tril(total - count) if count < total else None
+        attended = scaled_dot_product_attention(
+            query[at : at + count].transpose(0, 1)[None], k, v, attn_mask=mask, is_causal=mask is None,
+            scale=kwargs.get("scaling"), enable_gqa=kwargs.get("enable_gqa", False),
+        )  # fmt: skip
+        output[at : at + count] = attended[0].transpose(0, 1)
+        at += count
+    return output
