@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 _ROTARY = "sglang.srt.layers.rotary_embedding.base.RotaryEmbedding.__init__"
 _EXTEND = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend._run_sdpa_forward_extend"
@@ -50,7 +50,7 @@ def _extend(
     *args: Any,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """Attend from the new tokens only, where the layer is an ordinary causal one; else as SGLang does."""
+    """Attend from the new tokens only, where they are few and the layer is causal; else as SGLang does."""
     windowed = (kwargs.get("sliding_window_size") or -1) > -1
     if not kwargs.get("causal") or kwargs.get("is_cross_attn") or windowed or any(a is not None for a in args):
         return original(
@@ -61,11 +61,15 @@ def _extend(
     for row, total, count in zip(req_pool_indices.tolist(), seq_lens.tolist(), extend_seq_lens.tolist(), strict=True):
         slots = req_to_token[row, :total]
         k, v = (cache[slots].transpose(0, 1)[None].to(query.dtype) for cache in (k_cache, v_cache))
-        mask = torch.ones(count, total, dtype=torch.bool).tril(total - count) if count < total else None
+        asked, mask = query[at : at + count].transpose(0, 1)[None], None
+        if 2 * count > total:  # a mask costs more than the queries that a causal kernel computes for nothing
+            asked = pad(asked, (0, 0, total - count, 0))
+        else:
+            mask = torch.ones(count, total, dtype=torch.bool).tril(total - count)
         attended = scaled_dot_product_attention(
-            query[at : at + count].transpose(0, 1)[None], k, v, attn_mask=mask, is_causal=mask is None,
-            scale=kwargs.get("scaling"), enable_gqa=kwargs.get("enable_gqa", False),
+            asked, k, v, attn_mask=mask, is_causal=mask is None, scale=kwargs.get("scaling"),
+            enable_gqa=kwargs.get("enable_gqa", False),
         )  # fmt: skip
-        output[at : at + count] = attended[0].transpose(0, 1)
+        output[at : at + count] = attended[0, :, -count:].transpose(0, 1)
         at += count
     return output
