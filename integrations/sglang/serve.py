@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,11 +16,11 @@ from .plugin import NAME
 
 VERSION = "0.5.23"
 """Of SGLang; the plugin takes hold of its scheduler, so another one is refused."""
-_CPU = (
-    "--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch", "--dtype", "float32",
-    "--grammar-backend", "none", "--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-prefill", "disabled",
-    "--mem-fraction-static", "0.2", "--sleep-on-idle",
-)  # fmt: skip
+_CPU: Mapping[str, str | float | bool] = {
+    "device": "cpu", "attention_backend": "torch_native", "sampling_backend": "pytorch", "dtype": "float32",
+    "grammar_backend": "none", "cuda_graph_backend_decode": "disabled", "cuda_graph_backend_prefill": "disabled",
+    "mem_fraction_static": 0.2, "sleep_on_idle": True,
+}  # fmt: skip
 
 
 class ServeError(KVRetractError, RuntimeError):
@@ -47,8 +47,8 @@ class Server:
     extra: Sequence[str] = field(default=())
     """Further arguments of SGLang; they go last and so win."""
 
-    def command(self, *, has_gpu: bool) -> list[str]:
-        """Return the command line.
+    def options(self, *, has_gpu: bool) -> dict[str, str | float | bool]:
+        """Return what `sglang.Engine` takes, but for `extra`.
 
         Raises:
             ServeError: the model is no directory.
@@ -56,16 +56,21 @@ class Server:
         path = MODEL_DIR if self.model == "reference" else Path(self.model).expanduser()
         if not path.is_dir():
             raise ServeError(f"expected 'reference' or a directory of a model, got {self.model!r}")
-        tokens = self.max_tokens or (None if has_gpu else 65_536)
-        return [
-            sys.executable, "-m", "sglang.launch_server", "--model-path", str(path), "--served-model-name", self.model,
-            "--host", self.host, "--port", str(self.port),
-            *(() if self.plain else ("--radix-cache-backend", NAME)),
-            *(() if has_gpu else _CPU),
-            *(("--max-total-tokens", str(tokens)) if tokens else ()),
-            *(("--tool-call-parser", "hermes") if self.model == "reference" else ()),
-            *self.extra,
-        ]  # fmt: skip
+        found: dict[str, str | float | bool] = {"model_path": str(path), "served_model_name": self.model}
+        found |= {} if self.plain else {"radix_cache_backend": NAME}
+        found |= {} if has_gpu else _CPU
+        if tokens := self.max_tokens or (None if has_gpu else 65_536):
+            found["max_total_tokens"] = tokens
+        return found
+
+    def command(self, *, has_gpu: bool) -> list[str]:
+        """Return the command line; raises as `options`."""
+        options = {**self.options(has_gpu=has_gpu), "host": self.host, "port": self.port}
+        if self.model == "reference":
+            options["tool_call_parser"] = "hermes"
+        flags = [(f"--{name.replace('_', '-')}", value) for name, value in options.items()]
+        given = [part for flag, value in flags for part in ((flag,) if value is True else (flag, str(value)))]
+        return [sys.executable, "-m", "sglang.launch_server", *given, *self.extra]
 
     def environment(self) -> dict[str, str]:
         """Return the server's environment: this process's, and the plugin's configuration.

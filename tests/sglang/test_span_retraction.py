@@ -1,6 +1,8 @@
 """Span retractions in a running SGLang server: its cache, its answers, its guards."""
 
 import json
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from kv_retract.cache.keys import KeyEdit, build_key
 from kv_retract.erasers import ERASERS
 from kv_retract.types import SamplingParams
 
-from .servers import serving
+from .servers import VENV, serving
 
 pytestmark = [pytest.mark.sglang, pytest.mark.enable_socket]
 
@@ -230,6 +232,21 @@ def test_the_adapters_write_what_the_embedded_engine_writes(engine, thread, tmp_
         running.assert_alive()
     eraser = ERASERS.create("kveraser", variant=variant)
     assert_same(after, embedded(engine, ids[:380], spans, eraser, ids[ASK]))
+
+
+def test_in_process(engine, thread):
+    """The same calls on an `sglang.Engine`."""
+    ids, _ = thread
+    script = Path(__file__).with_name("in_process.py")
+    command = [str(VENV / "bin" / "python"), str(script), json.dumps(ids.tolist())]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("ANSWER ")] or [done.stderr[-3000:]]
+    told = json.loads(line.removeprefix("ANSWER "))
+    status, body = told["retract"]
+    assert status == 200 and json.loads(body)["retractions"][0]["state"] == "steered"
+    wanted, _ = embedded(engine, ids[:380], [SPAN], "kveraser", ids[ASK])
+    assert told["second"] == [wanted, 380]
+    assert told["refused"][0] == 409 and json.loads(told["refused"][1])["error"] == "overlaps"
 
 
 def test_the_python_core_does_the_same(engine, thread, tmp_path, monkeypatch):
