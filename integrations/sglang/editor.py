@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,21 +11,10 @@ import torch
 
 from kv_retract.types import Interval
 
+from . import api
 from .cache import CachedPath, Namespace, RetractableRadixCache
 from .refusal import Refused
 from .steering import Steering
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Edited:
-    """What an edit did."""
-
-    tokens_erased: int = 0
-    tokens_recomputed: int = 0
-    tokens_moved: int = 0
-    slots_copied: int = 0
-    slots_freed: int = 0
-    edit_ms: float = 0.0
 
 
 class PathEditor:
@@ -49,7 +37,7 @@ class PathEditor:
         *,
         steer: bool,
         purge: bool = False,
-    ) -> Edited:
+    ) -> api.EditAnswer:
         """Rewrite spans of a cached path and commit it under a new key.
 
         Slots outside of the spans move to the new key without a copy where no other path uses them, else what follows
@@ -88,7 +76,7 @@ class PathEditor:
             self.cache.give_back(fresh)
             raise
         self.cache.attach(new_ids, staged, first, namespace)
-        return Edited(
+        return api.EditAnswer(
             tokens_erased=sum(end - start for start, end in whole), slots_freed=freed,
             slots_copied=len(fresh) - steer * sum(end - start for start, end in whole),
             edit_ms=(time.perf_counter() - started) * 1e3, **counts,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,7 +16,7 @@ from kv_retract.types import Interval
 
 from . import api
 from .cache import Namespace
-from .editor import Edited, PathEditor
+from .editor import PathEditor
 from .records import SpanLedger, SpanRecord, entry_of, key_of, new_records, standing
 from .refusal import Refused
 
@@ -75,10 +74,9 @@ class SpanService:
         if body.eraser == "recompute":
             raise Refused("bad_request", "recompute leaves the spans out of the key: use drop, and send the new key")
         spans = _checked(body)
-        edited = self.editor.edit(
+        return self.editor.edit(
             body.token_ids, spans, body.new_token_ids, _namespace(body), steer=body.eraser == "kveraser"
         )
-        return _answer(edited)
 
     def drop(self, body: api.DropRequest) -> api.DropAnswer:
         """Forget a tail."""
@@ -115,7 +113,7 @@ class SpanService:
         num_cached = len(self.editor.cache.locate(before.ids.tolist(), Namespace(body.extra_key)).slots)
         self.ledger.put(new)
         try:
-            edited = self._apply(ids, known, exact, before, new, steered=steered) if new else Edited()
+            edited = self._apply(ids, known, exact, before, new, steered=steered) if new else api.EditAnswer()
         except BaseException:
             self.ledger.set_state(new, "revoked")  # what is refused has not happened
             raise
@@ -124,7 +122,7 @@ class SpanService:
         states = {record.retraction_id: record for record in self.ledger.records(body.extra_key)}
         return api.RetractAnswer(
             retractions=[_retraction(states[record.retraction_id]) for record in made],
-            edit=_answer(edited),
+            edit=edited,
             num_cached=num_cached,
         )
 
@@ -196,7 +194,7 @@ class SpanService:
         new: Sequence[SpanRecord],
         *,
         steered: bool,
-    ) -> Edited:
+    ) -> api.EditAnswer:
         """Edit the cache for records that are in the ledger; what cannot be steered becomes exact."""
         namespace, old = Namespace(new[0].extra_key), before.ids.tolist() if known else ids.tolist()
         entries: list[Interval] = [(entry_of(r.start, known, cold), entry_of(r.end, known, cold)) for r in new]
@@ -212,7 +210,7 @@ class SpanService:
             except Refused as error:
                 log.info("kv_retract: exact instead of steered: %s", error)
         self.ledger.set_state(new, "exact")
-        return Edited(slots_freed=self.editor.drop(old, entries[0][0], namespace, branches=True))
+        return api.EditAnswer(slots_freed=self.editor.drop(old, entries[0][0], namespace, branches=True))
 
     def _change(self, body: api.ChangeRequest, state: Any) -> api.StatusAnswer:
         if self._is_busy(body.extra_key):
@@ -246,10 +244,6 @@ def _checked(body: api.EditRequest) -> list[Interval]:
     if np.any(old[inside] < 0):
         raise Refused("bad_request", "a span was erased already, wholly or in part")
     return spans
-
-
-def _answer(edited: Edited) -> api.EditAnswer:
-    return api.EditAnswer(**asdict(edited))
 
 
 def _retraction(record: SpanRecord) -> api.Retraction:
