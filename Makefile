@@ -36,7 +36,7 @@ export TRANSFORMERS_OFFLINE := 1
 test: export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-sglang coverage format lint type results tables bench clean
+.PHONY: help demo test sglang-env test-sglang coverage format lint type results tables bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -59,8 +59,11 @@ $(SGLANG_STAMP): pyproject.toml
 	@echo "Setting up $(SGLANG_VENV) with SGLang (10 GB, a few minutes)"
 	@test -x $(SGLANG_VENV)/bin/python || $(PYTHON) -m venv $(SGLANG_VENV)
 	@$(SGLANG_VENV)/bin/python -m pip install --quiet uv
-	@$(SGLANG_VENV)/bin/uv pip install --quiet --python $(SGLANG_VENV)/bin/python sglang==0.5.23 -e .
+	@$(SGLANG_VENV)/bin/uv pip install --quiet --python $(SGLANG_VENV)/bin/python sglang==0.5.23 -e . || \
+		$(SGLANG_VENV)/bin/python -m pip install --quiet sglang==0.5.23 -e .
 	@touch $@
+
+sglang-env: $(SGLANG_STAMP)  ## build the environment of the tests with real SGLang servers
 
 test-sglang: $(STAMP) $(SGLANG_STAMP)  ## start real SGLang servers on loopback and run the tests that need one
 	@SGLANG_VENV=$(SGLANG_VENV) $(BIN)/python -m pytest -q -m sglang tests/sglang

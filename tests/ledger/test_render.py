@@ -4,7 +4,7 @@ import json
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
@@ -68,6 +68,9 @@ text = st.text(st.characters(exclude_categories=["Cs"]), max_size=60) | st.sampl
 @settings(max_examples=40)
 @given(contents=st.lists(text, min_size=3, max_size=3), roles=st.permutations(["user", "assistant", "tool"]))
 def test_ids_are_those_of_the_tokenizer_for_any_text(renderers, name, contents, roles):
+    # Hypothesis tries strings of the source too, and a special token's name is text here but not for the tokenizer.
+    special = renderers[name].tokenizer.all_special_tokens
+    assume(not any(token in content for token in special for content in contents))
     messages = [Message(role, content) for role, content in zip(roles, contents, strict=True)]
     got = renderers[name].render(messages)
     assert got.ids.tolist() == own_ids(renderers[name], messages, add_generation_prompt=True)
