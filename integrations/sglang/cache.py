@@ -18,7 +18,6 @@ from sglang.srt.mem_cache.base_prefix_cache import (
     InsertResult,
     MatchPrefixParams,
     MatchResult,
-    TreeLock,
 )
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
@@ -129,10 +128,6 @@ class RetractableRadixCache(UnifiedRadixCache):
         own = torch.cat([self.path_device_indices(node.node_id)[node.path_start :] for node in nodes])
         return not bool(torch.isin(own, unlocked.to(own.dtype)).all())
 
-    def hold(self, node: NodeId) -> TreeLock | None:
-        """Protect a path from eviction until `unlock`."""
-        return self.lock(node)
-
     def reserve(self, num_slots: int) -> torch.Tensor:
         """Take slots of the pool, evicting where it is full; return them. Shape: (num_slots,).
 
@@ -162,6 +157,13 @@ class RetractableRadixCache(UnifiedRadixCache):
     def attach(self, ids: Sequence[int], slots: torch.Tensor, known: int, namespace: Namespace) -> None:
         """Put a path into the tree whose first `known` entries are cached; duplicates of later ones are freed."""
         self.insert(InsertParams(key=_key(ids, namespace), value=slots.to(torch.int64), prev_prefix_len=known))
+
+    def copy_slots(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Copy K and V of slots to others. Shape of each: (num_slots,)."""
+        pool = self.token_to_kv_pool_allocator.get_kvcache()
+        for k, v in zip(pool.k_buffer, pool.v_buffer, strict=True):
+            k[target] = k[source]
+            v[target] = v[source]
 
     def give_back(self, slots: torch.Tensor) -> int:
         """Zero slots and return them to the pool, so that no retracted text stays behind; return their number."""

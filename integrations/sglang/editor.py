@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kv_retract.engine.base import end_of_edit
 from kv_retract.types import Interval
 
 from . import api
@@ -57,12 +58,10 @@ class PathEditor:
         started = time.perf_counter()
         if steer and self.steering is None:
             raise Refused("unsupported", "the server was started without an eraser; pass --eraser to kv-retract serve")
-        path = self.cache.locate(ids, namespace)
-        cached = len(path.slots)
+        cached = end_of_edit(len(self.cache.locate(ids, namespace).slots), spans)
         whole = [(start, end) for start, end in spans if end <= cached]
         if not whole:
             raise Refused("not_cached", f"of {len(ids)} entries {cached} are cached, and no whole span among them")
-        cached = min([cached, *(start for start, end in spans if start < cached < end)])
         ids, new_ids, first = list(ids[:cached]), list(new_ids[:cached]), whole[0][0]
         below = self.cache.subtree(ids, first, namespace)
         copy = not (below.exclusive or purge)
@@ -126,13 +125,13 @@ class PathEditor:
         index, kept = (
             torch.from_numpy(np.flatnonzero(which)).to(path.slots.device) for which in (renewed, renewed & ~written)
         )
-        lock = self.cache.hold(path.node)
+        lock = self.cache.lock(path.node)
         try:
             fresh = self.cache.reserve(len(index))
             try:
                 staged = path.slots.clone()
                 staged[index] = fresh.to(staged.dtype)
-                self._copy(path.slots[kept], staged[kept])
+                self.cache.copy_slots(path.slots[kept], staged[kept])
                 counts = {"tokens_recomputed": 0, "tokens_moved": 0}
                 if steer:
                     assert self.steering is not None, "checked by edit"
@@ -148,10 +147,3 @@ class PathEditor:
         """Take the old path out of the tree, but for what the new one uses."""
         old = self.cache.detach(nodes)
         return self.cache.give_back(old[~torch.isin(old, staged)])
-
-    def _copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        if len(source):
-            pool = self.cache.token_to_kv_pool_allocator.get_kvcache()
-            for k, v in zip(pool.k_buffer, pool.v_buffer, strict=True):
-                k[target] = k[source]
-                v[target] = v[source]

@@ -5,7 +5,6 @@ Every hook does nothing on a server that runs another radix cache.
 
 from __future__ import annotations
 
-import logging
 import time
 from array import array
 from collections.abc import Callable
@@ -24,8 +23,6 @@ from .config import PluginConfig
 from .editor import PathEditor
 from .records import SpanLedger
 from .service import SpanService
-
-log = logging.getLogger(__name__)
 
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _CREATE = f"{_SCHEDULER}._create_generation_req"
@@ -89,9 +86,7 @@ def _unsupported(context: TreeCacheBuildContext) -> dict[str, bool]:
         "a hierarchical cache": context.enable_hierarchical_cache,
         "an external cache linker": bool(getattr(args, "enable_unified_cache_external_linker", False)),
         "speculative decoding": getattr(args, "speculative_algorithm", None) is not None,
-        "a quantised KV cache": "fp8" in str(getattr(args, "kv_cache_dtype", "")) or "fp4" in str(
-            getattr(args, "kv_cache_dtype", "")
-        ),
+        "a quantised KV cache": any(kind in str(getattr(args, "kv_cache_dtype", "")) for kind in ("fp8", "fp4")),
         "pipeline parallelism": getattr(args, "pp_size", 1) > 1,
         "data parallelism": getattr(args, "dp_size", 1) > 1,
         "disaggregated prefill": getattr(args, "disaggregation_mode", "null") not in (None, "null"),
@@ -194,6 +189,9 @@ def _on_arrival(
         ids = received.input_ids = array("q", rewritten.tolist())
     request = original(scheduler, received, rid, text, ids, *args, **kwargs)
     request.kv_retract_original = original_ids if rewritten is not None else None
+    request.kv_retract_tombstones = len(ids) > 0 and min(ids) < 0
+    if not request.kv_retract_tombstones:
+        return request
     if rewritten is None and (cold := service.cold(ids, Namespace(received.extra_key, received.cache_salt))):
         request.set_finish_with_abort(f"{api.COLD}: {cold} of them are not cached; leave their spans out of the prompt")
     return request
@@ -202,10 +200,12 @@ def _on_arrival(
 def _on_admission(original: Callable[..., Any], adder: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
     """Keep tombstones that were evicted while a request waited from an embedding: rewrite it anew, or refuse it."""
     cache = adder.tree_cache
-    if isinstance(cache, RetractableRadixCache) and request.to_finish is None:
+    # Requests of other kinds than `_on_arrival` sees have no such attributes.
+    may_be_cold = isinstance(cache, RetractableRadixCache) and getattr(request, "kv_retract_tombstones", True)
+    if may_be_cold and request.to_finish is None:
         cached, ids = request.prefix_len + request.host_hit_length, request.origin_input_ids
         if len(ids) > cached and min(ids[cached:]) < 0:
-            if request.kv_retract_original is None:
+            if getattr(request, "kv_retract_original", None) is None:
                 request.set_finish_with_abort(f"{api.COLD}: they were evicted while the request waited; send it again")
             else:
                 _rewrite_waiting(cache.service, request)

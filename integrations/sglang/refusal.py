@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kv_retract.errors import KVRetractError
 
-STATUS = {"bad_request": 400, "eraser_mismatch": 409, "no_room": 503, "failed": 500}
+STATUS = {"bad_request": 400, "no_room": 503, "failed": 500}
 """HTTP status by reason; 409 for all others (`api.Reason`)."""
 
 

@@ -169,21 +169,23 @@ class SpanService:
         at = np.flatnonzero(np.asarray(ids, dtype=np.int64) < 0)
         if not len(at):
             return 0
-        usable = min(len(self.editor.cache.locate(ids, namespace).slots), len(ids) - api.TAIL)
-        return int((at >= usable).sum())
+        return int((at >= self._usable(ids, namespace)).sum())
 
     def resolve(self, ids: IntArray, records: Sequence[SpanRecord]) -> tuple[ThreadKey, set[str]]:
         """Return the key of original tokens as the cache can serve it, and the steered records that are cold in it."""
         cold: set[str] = set()
         while True:
             key = key_of(ids, records, cold)
-            namespace = Namespace(key.extra_key or None)
-            usable = min(len(self.editor.cache.locate(key.ids.tolist(), namespace).slots), len(key) - api.TAIL)
+            usable = self._usable(key.ids.tolist(), Namespace(key.extra_key or None))
             steered = [r for r in records if r.state == "steered" and r.retraction_id not in cold]
             more = {r.retraction_id for r in steered if entry_of(r.end, records, cold) > usable}
             if not more:
                 return key, cold
             cold |= more
+
+    def _usable(self, ids: Sequence[int], namespace: Namespace) -> int:
+        """Return how many leading entries of a key may be tombstones: cached, and not at its end."""
+        return min(len(self.editor.cache.locate(ids, namespace).slots), len(ids) - api.TAIL)
 
     def _apply(
         self,
