@@ -111,14 +111,14 @@ class SpanService:
         new = [record for record in made if record not in known]
         before, exact = self.resolve(ids, known)
         num_cached = len(self.editor.cache.locate(before.ids.tolist(), Namespace(body.extra_key)).slots)
+        # A stronger guarantee also changes what was steered before: the steered path has read it.
+        changed = [record for record in made if record in new or not steered and record.state == "steered"]
         self.ledger.put(new)
         try:
-            edited = self._apply(ids, known, exact, before, new, steered=steered) if new else api.EditAnswer()
+            edited = self._apply(ids, known, exact, before, changed, steered=steered) if changed else api.EditAnswer()
         except BaseException:
             self.ledger.set_state(new, "revoked")  # what is refused has not happened
             raise
-        if not steered:  # a stronger guarantee for what was steered before
-            self.ledger.set_state([record for record in made if record in known], "exact")
         states = {record.retraction_id: record for record in self.ledger.records(body.extra_key)}
         return api.RetractAnswer(
             retractions=[_retraction(states[record.retraction_id]) for record in made],
@@ -193,25 +193,27 @@ class SpanService:
         known: Sequence[SpanRecord],
         cold: set[str],
         before: ThreadKey,
-        new: Sequence[SpanRecord],
+        changed: Sequence[SpanRecord],
         *,
         steered: bool,
     ) -> api.EditAnswer:
         """Edit the cache for records that are in the ledger; what cannot be steered becomes exact."""
-        namespace, old = Namespace(new[0].extra_key), before.ids.tolist() if known else ids.tolist()
-        entries: list[Interval] = [(entry_of(r.start, known, cold), entry_of(r.end, known, cold)) for r in new]
+        namespace, old = Namespace(changed[0].extra_key), before.ids.tolist()
+        entries: list[Interval] = [(entry_of(r.start, known, cold), entry_of(r.end, known, cold)) for r in changed]
         if steered:
-            after = key_of(ids, sorted([*known, *new], key=lambda r: r.start), cold)
+            after = key_of(ids, sorted([*known, *changed], key=lambda r: r.start), cold)
             try:
                 edited = self.editor.edit(
-                    old, entries, after.ids.tolist(), namespace, steer=new[0].eraser == "kveraser", purge=True
+                    old, entries, after.ids.tolist(), namespace, steer=changed[0].eraser == "kveraser", purge=True
                 )
                 num_cached = len(self.editor.cache.locate(after.ids.tolist(), namespace).slots)
-                self.ledger.set_state([r for r, (_, e) in zip(new, entries, strict=True) if e > num_cached], "exact")
+                self.ledger.set_state(
+                    [r for r, (_, e) in zip(changed, entries, strict=True) if e > num_cached], "exact"
+                )
                 return edited
             except Refused as error:
                 log.info("kv_retract: exact instead of steered: %s", error)
-        self.ledger.set_state(new, "exact")
+        self.ledger.set_state(changed, "exact")
         return api.EditAnswer(slots_freed=self.editor.drop(old, entries[0][0], namespace, branches=True))
 
     def _change(self, body: api.ChangeRequest, state: Any) -> api.StatusAnswer:

@@ -124,6 +124,20 @@ def test_heal_makes_it_exact(server, engine, thread):
     assert_same(after, answer(engine, build_key(np.delete(ids, np.arange(*SPAN)), ())))
 
 
+def test_a_stronger_guarantee_forgets_the_steered_path(server, engine, thread):
+    ids, name = thread
+    server.generate(ids[:380], name)
+    server.retract(ids[:380], [SPAN], name)
+    assert server.generate(ids, name)["cached"] == 380
+    told = server.retract(ids[:380], [SPAN], name, guarantee="exact")
+    assert told["retractions"][0]["state"] == "exact" and server.states(name) == ["exact"]
+    assert told["edit"]["slots_freed"] >= 340, "what follows the span and what was answered"
+    after = server.generate(ids, name)
+    assert (after["cached"], after["prompt"]) == (60, 380)
+    assert_same(after, answer(engine, build_key(np.delete(ids, np.arange(*SPAN)), ())))
+    server.assert_alive()
+
+
 def test_nothing_cached_is_exact_from_the_start(server, thread):
     ids, name = thread
     told = server.retract(ids[:200], [SPAN], name)
