@@ -1,165 +1,30 @@
-"""The client of an SGLang server, against fakes of one: canned answers, and the embedded engine behind the same routes.
+"""The client of an SGLang server, against a fake one with canned answers; `test_sglang_sessions` has one that runs.
 
 That SGLang itself answers as the fakes do is shown where SGLang runs.
 """
 
-import json
 from contextlib import closing
 from functools import partial
 
 import httpx
-import numpy as np
 import pytest
-from langchain_core.tools import tool
 
-from kv_retract.cache.base import ThreadKey
-from kv_retract.cache.keys import KeyEdit, build_key
 from kv_retract.engine.base import Engine, GeneratedToken, LocalEngine
-from kv_retract.erasers import ERASERS, KVEraserEraser
+from kv_retract.erasers import ERASERS
 from kv_retract.errors import (
     ColdTombstoneError,
     ConstraintError,
     EraserMismatchError,
-    KVRetractError,
     PoolExhaustedError,
     ServerError,
     SpanError,
     ThreadBusyError,
     UnsupportedError,
-    UnsupportedModelError,
 )
-from kv_retract.integrations.langchain import ChatKVRetract
-from kv_retract.integrations.sglang import SGLangEngine, api, engine
-from kv_retract.integrations.sglang.engine import connect
-from kv_retract.planner import Planner
-from kv_retract.session import KVRetractSession
-from kv_retract.types import EraseResult, Guarantee, Message, Retraction, SamplingParams, SpanRef, Status
+from kv_retract.integrations.sglang import SGLangEngine
+from kv_retract.types import EraseResult, SamplingParams
 
-URL = "http://sglang.test:30000"
-KVERASER = KVEraserEraser()
-STATUS = dict(
-    model="served", vocab_size=100, max_positions=64, num_layers=2, num_kv_heads=1, head_dim=8, dtype="bfloat16",
-    device="cuda", eraser_id=KVERASER.eraser_id, suffix_free=True, threads=0,
-)  # fmt: skip
-COLD = f"{api.COLD}: 3 of the prompt are not cached"
-
-
-class Events(httpx.SyncByteStream):
-    """Server-sent events, which know whether the client went away."""
-
-    def __init__(self, events):
-        self.events, self.closed = iter(events), False
-
-    def __iter__(self):
-        for event in self.events:
-            yield b"data: " + json.dumps(event).encode() + b"\n\n"
-        yield b"data: [DONE]\n\n"
-
-    def close(self):
-        self.closed = True
-        if hasattr(self.events, "close"):
-            self.events.close()
-
-
-class CannedServer:
-    """A fake: answers to each path what it was told to, and keeps what it was asked."""
-
-    def __init__(self, **answers):
-        self.answers = {"status": STATUS, "match": {"num_cached": 0}, "drop": {"slots_freed": 0}, **answers}
-        self.asked = []
-
-    def __call__(self, request):
-        name = request.url.path.rpartition("/")[2]
-        self.asked.append((name, json.loads(request.content)))
-        answer = self.answers[name]
-        if isinstance(answer, Exception):
-            raise answer
-        if isinstance(answer, tuple):
-            return httpx.Response(answer[0], json=answer[1])
-        return httpx.Response(200, stream=answer) if isinstance(answer, Events) else httpx.Response(200, json=answer)
-
-    @property
-    def changes(self):
-        return [(name, body) for name, body in self.asked if name not in ("status", "match")]
-
-    def engine(self, **options):
-        return SGLangEngine(URL, transport=httpx.MockTransport(self), **options)
-
-
-class EmbeddedServer:
-    """A fake: the embedded engine behind the routes of a server, with its refusals of cold tombstones."""
-
-    def __init__(self, inner):
-        self.inner, self.edits = inner, []
-
-    def __call__(self, request):
-        name, body = request.url.path.rpartition("/")[2], json.loads(request.content)
-        if name == "generate":
-            return httpx.Response(200, stream=Events(self.generate(body)))
-        return httpx.Response(200, json=getattr(self, name)(body))
-
-    def key(self, ids, body):
-        return ThreadKey(np.array(ids, dtype=np.int64), np.arange(len(ids)), body["extra_key"] or "")
-
-    def status(self, body):
-        spec = {name: getattr(self.inner.spec, name) for name in STATUS if hasattr(self.inner.spec, name)}
-        return STATUS | spec | {"model": self.inner.spec.name}
-
-    def match(self, body):
-        return {"num_cached": self.inner.cached(self.key(body["token_ids"], body))}
-
-    def edit(self, body):
-        self.edits.append(body)
-        old, new = self.key(body["token_ids"], body), self.key(body["new_token_ids"], body)
-        done = self.inner.erase(old, [(s["start"], s["end"]) for s in body["spans"]], KVERASER, new)
-        names = api.EditAnswer.model_fields.keys()
-        return {name: getattr(done, name) for name in names}
-
-    def drop(self, body):
-        drop = self.inner.purge if body["branches"] else self.inner.drop
-        return {"slots_freed": drop(self.key(body["token_ids"], body), body["start"])}
-
-    def generate(self, body):
-        key, params, ids, logprobs = self.key(body["input_ids"], body), body["sampling_params"], [], []
-        sampling = SamplingParams(
-            max_tokens=params["max_new_tokens"], stop_token_ids=tuple(params["stop_token_ids"]), logprobs=True
-        )
-        try:
-            for token in self.inner.generate(key, sampling):
-                ids.append(token.id)
-                logprobs.append((token.logprob, token.id, None))
-                finish = token.finish_reason and {"type": token.finish_reason, "matched": token.id}
-                yield event(ids, finish, cached=token.num_cached_tokens, logprobs=logprobs)
-        except ColdTombstoneError:
-            yield event([], {"type": "abort", "status_code": 400, "message": COLD})
-
-
-def event(ids, finish=None, *, total=None, cached=7, logprobs=None):
-    meta = {"finish_reason": finish, "completion_tokens": len(ids) if total is None else total, "cached_tokens": cached}
-    return {
-        "text": "",
-        "output_ids": ids,
-        "meta_info": meta | ({"output_token_logprobs": logprobs} if logprobs else {}),
-    }
-
-
-def stopped_by(id):
-    return {"type": "stop", "matched": id}
-
-
-def key_of(length, *, extra_key="", edits=()):
-    return build_key(np.arange(length), edits, extra_key=extra_key)
-
-
-def keys(length, *spans, exact=False, closes_gap=False):
-    edits = [KeyEdit(start=a, end=b, exact=exact, eraser_id="e", closes_gap=closes_gap) for a, b in spans]
-    return key_of(length, extra_key="n"), key_of(length, extra_key="n", edits=edits)
-
-
-def decode(events, sampling=None):
-    server = CannedServer(generate=Events(events))
-    return list(server.engine().generate(key_of(20), sampling or SamplingParams(stop_token_ids=(9,))))
-
+from .sglang_fakes import COLD, KVERASER, STATUS, URL, CannedServer, Events, decode, event, key_of, keys, stopped_by
 
 # -- the server -----------------------------------------------------------------------------------------------------
 
@@ -528,135 +393,3 @@ def test_drop_and_purge_name_the_entry():
     assert server.changes == [dropped(old, 3), dropped(old, 4, branches=True)]
     server.answers["drop"] = (409, refusal("not_cached"))
     assert served.drop(old, 3) == 0
-
-
-# -- sessions on it -------------------------------------------------------------------------------------------------
-
-QUESTION = "Which of them is right?"
-THREAD = [
-    Message("system", "You are a helpful agent."),
-    Message("user", "The meeting is on Monday, and the room is 214, says the first mail."),
-    Message("user", "The meeting is on Friday, says the second mail. " * 3),
-    Message("user", QUESTION),
-]
-
-
-@pytest.fixture(scope="module")
-def embedded():
-    return KVRetractSession.from_pretrained(max_tokens=8192)
-
-
-@pytest.fixture
-def server(embedded):
-    return EmbeddedServer(embedded.engine)
-
-
-def proposal(**options):
-    return Retraction(span=SpanRef(1), policy="test", reason="test", **options)
-
-
-def run(session):
-    """Answer, take the first mail back, answer again; return both results and what the edit did."""
-    first = session.step("t", THREAD, sampling=SamplingParams(max_tokens=6, logprobs=True))
-    session.retract("t", THREAD, proposals=[proposal()])
-    erased = session.last_erase("t")
-    return first, session.step("t", THREAD, sampling=SamplingParams(max_tokens=6, logprobs=True)), erased
-
-
-def test_a_session_behaves_as_on_the_embedded_engine(embedded, server):
-    options = dict(eraser="kveraser", planner=Planner(exact_suffix=0))
-    ours = KVRetractSession(
-        SGLangEngine(URL, transport=httpx.MockTransport(server)), embedded.renderer, extra_key="served", **options
-    )
-    theirs = KVRetractSession(embedded.engine, embedded.renderer, extra_key="here", **options)
-    (first, second, erased), (first_here, second_here, erased_here) = run(ours), run(theirs)
-    assert (first.token_ids, first.logprobs) == (first_here.token_ids, first_here.logprobs)
-    assert (second.token_ids, second.logprobs) == (second_here.token_ids, second_here.logprobs)
-    assert second.num_cached_tokens == second_here.num_cached_tokens == second.num_prompt_tokens - 1
-    assert (erased.tokens_erased, erased.tokens_moved) == (erased_here.tokens_erased, erased_here.tokens_moved)
-    assert erased.tokens_erased > 10 and len(server.edits) == 1
-    assert [r.status for r in ours.history("t")] == [Status.STEERED]
-    embedded.engine.check_integrity()
-
-
-def test_a_session_goes_on_after_the_server_lost_its_cache(embedded, server):
-    session = connect(URL, transport=httpx.MockTransport(server), extra_key="lost", planner=Planner(exact_suffix=0))
-    run(session)
-    embedded.engine.purge(session.key("t", THREAD), 0)
-    again = session.step("t", THREAD, sampling=SamplingParams(max_tokens=6))
-    assert [r.status for r in session.history("t")] == [Status.EXACT] and again.num_cached_tokens == 0
-    key = session.key("t", THREAD)
-    assert (key.ids >= 0).all(), "the span is left out"
-    embedded.engine.purge(key, 0)
-
-
-def test_a_guarantee_is_kept_by_what_the_next_request_prefills(embedded, server):
-    session = connect(URL, transport=httpx.MockTransport(server), extra_key="secret")
-    session.step("t", THREAD, sampling=SamplingParams(max_tokens=6))
-    before = session.key("t", THREAD)
-    session.retract("t", THREAD, proposals=[proposal(guarantee=Guarantee.EXACT)])
-    (record,) = session.history("t")
-    assert record.status is Status.EXACT and server.edits == []
-    assert session.engine.cached(before) < len(before) // 2
-    result = session.step("t", THREAD, sampling=SamplingParams(max_tokens=6))
-    assert result.num_prompt_tokens < len(before)
-
-
-def test_connecting_tells_at_once_what_the_server_cannot_do(server, tmp_path):
-    reach = partial(connect, URL, transport=httpx.MockTransport(server))
-    assert reach().eraser.eraser_id == KVERASER.eraser_id
-    assert reach(eraser="recompute").eraser.exact
-    with pytest.raises(UnsupportedError, match="'mask' cannot run"):
-        reach(eraser="mask")
-    with pytest.raises(EraserMismatchError, match="blind"):
-        reach(eraser=KVEraserEraser(variant="blind"))
-    with pytest.raises(UnsupportedModelError, match="directory of the served model's tokenizer, got"):
-        connect(URL, tmp_path / "none", transport=httpx.MockTransport(server))
-
-
-# -- the chat model -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def served_chat(server, monkeypatch):
-    """Build chat models that reach the fake by its URL."""
-    reach = {"transport": httpx.MockTransport(server)}
-    monkeypatch.setattr(engine, "SGLangEngine", lambda url, **options: SGLangEngine(url, **options | reach))
-    return partial(ChatKVRetract, engine=URL)
-
-
-@tool
-def get_price(item: str) -> str:
-    """Look up the price of an item."""
-    return "12 EUR"
-
-
-def test_a_chat_model_takes_the_url_of_a_server(served_chat, embedded):
-    chat = served_chat(max_tokens=8)
-    assert isinstance(chat.session.engine, SGLangEngine) and chat.session.eraser.name == "kveraser"
-    here = ChatKVRetract(session=embedded, max_tokens=8)
-    assert chat.invoke("Hello").text == here.invoke("Hello").text
-    assert chat.profile["max_input_tokens"] == here.profile["max_input_tokens"]
-    assert (chat.profile["tool_choice"], here.profile["tool_choice"]) == (False, True)
-
-
-def test_tools_work_as_the_model_likes_and_not_by_force(served_chat):
-    chat = served_chat(max_tokens=8)
-    chat.bind_tools([get_price]).invoke("What is the price of tea?")
-    for forced in (
-        chat.bind_tools([get_price], tool_choice="any"),
-        chat.bind_tools([get_price], strict=True),
-        chat.with_structured_output({"title": "answer", "type": "object", "properties": {}}),
-    ):
-        with pytest.raises(ConstraintError, match="tool_choice 'auto'"):
-            forced.invoke("What is the price of tea?")
-
-
-def test_a_session_and_an_engine_are_one_too_many(embedded):
-    with pytest.raises(ValueError, match=f"expected a session or an engine, got both.*leave '{URL}' out"):
-        ChatKVRetract(session=embedded, engine=URL)
-
-
-def test_every_error_of_the_client_is_one_of_ours():
-    assert all(issubclass(error, KVRetractError) for error in (ServerError, UnsupportedError))
-    assert issubclass(ServerError, ConnectionError) and issubclass(UnsupportedError, NotImplementedError)
