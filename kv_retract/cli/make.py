@@ -78,6 +78,7 @@ def train_eraser(
     stage: Annotated[str | None, typer.Option(help="pretrain, finetune or both.")] = None,
     config: Annotated[Path | None, typer.Option(help="JSON file with fields of EraserTraining.")] = None,
     text: Texts = None,
+    start: Annotated[Path | None, typer.Option("--from", help="Folder of an eraser to train further.")] = None,
     device: Device = "cpu",
     dtype: DtypeOption = Dtype.BFLOAT16,
     minutes: Annotated[float | None, typer.Option(min=0, help="Stop with a checkpoint after so long.")] = None,
@@ -99,7 +100,9 @@ def train_eraser(
     texts = read_texts(text or ())
     loaded = load_model(model, device=device, dtype=dtype.value)
     with progress_bar("steps") as tick:
-        done = run(loaded, settings, out, texts=texts, seconds=minutes and minutes * 60, progress=tick)
+        done = run(
+            loaded, settings, out, texts=texts, start=start, seconds=minutes and minutes * 60, progress=tick
+        )  # fmt: skip
     drawn = loss_plot(
         read_log(out), losses={"kl": "KL to full recomputation"}, shares=("affected", "leak", "unaffected"),
         share="probes of the validation",

@@ -15,8 +15,10 @@ import torch
 from ..engine.models import LoadedModel
 from ..engine.support import inspect_model
 from ..engine.working import fingerprint_of
+from ..erasers import KVEraserEraser
 from ..erasers.kveraser.config import KVEraserConfig
-from ..erasers.kveraser.model import new_net
+from ..erasers.kveraser.model import SteeringNet, load_net, new_net
+from ..errors import EraserMismatchError
 from .checkpoint import RunFolder
 from .config import ConfigError, steps_of
 from .corpus import training_families
@@ -31,7 +33,7 @@ from .trainer import LoopConfig, train
 
 BEST = "best"
 """Folder of the eraser with the lowest divergence in a validation."""
-VALIDATION_LENGTHS = (300, 1500)
+VALIDATION_LENGTHS = (300, 1500, 4000)
 """Tokens of the threads of a validation: what is best on short ones alone leaks on long ones (evals/LOG.md)."""
 
 
@@ -71,6 +73,7 @@ def train_eraser(
     out: Path,
     *,
     texts: Sequence[str] = (),
+    start: Path | None = None,
     seconds: float | None = None,
     validation: int = 6,
     validate_every: int = 200,
@@ -83,6 +86,8 @@ def train_eraser(
         config: what to train, and how.
         out: folder of the run: `config.json`, `log.jsonl`, `state.pt`, `eraser/`.
         texts: real text for stage 1; without any, only threads of the corpus. A run goes on with the same only.
+        start: folder of an eraser of this model to train further, with a fresh optimizer. None: a fresh one. A run
+            goes on with the same only.
         seconds: stop with a checkpoint after so long; calling again goes on.
         validation: threads per family and length (`VALIDATION_LENGTHS`) in a validation; 0: none.
         validate_every: steps between validations.
@@ -93,7 +98,8 @@ def train_eraser(
 
     Raises:
         CheckpointError: the folder belongs to another configuration, or its state is damaged.
-        ConfigError: the configuration was used on another model.
+        ConfigError: the configuration was used on another model, or with another eraser to start from.
+        EraserMismatchError: the eraser to start from belongs to another model, or is of another shape.
         TextError: the configuration was used with other texts.
         UnsupportedModelError: the model's caches cannot be edited.
     """
@@ -104,7 +110,12 @@ def train_eraser(
             f"the configuration was used on a model of fingerprint {config.base}, got {loaded.name!r} of "
             f"{fingerprint}; empty its field base to train on another model"
         )
-    config = replace(config, text_digest=check_texts(texts, config.text_digest), base=fingerprint)
+    config = replace(
+        config,
+        text_digest=check_texts(texts, config.text_digest),
+        base=fingerprint,
+        start=_check_start(start, config.start),
+    )
     _, rotary = inspect_model(model, name=loaded.name)
     encoder = encoder_for(loaded.tokenizer)
     ids = [encoder.ids(text) for text in texts]
@@ -112,9 +123,7 @@ def train_eraser(
         variant=config.variant, rank=config.rank, scale=config.scale, hidden=config.hidden,
         fingerprint=fingerprint, base=loaded.name,
     )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        net = new_net(model, eraser).to(model.device)
+    net = (_fresh_net(model, eraser, config.seed) if start is None else _net_of(start, eraser)).to(model.device)
     folder = RunFolder(out, config.to_json())
 
     def step_of(batch: EditBatch) -> tuple[torch.Tensor, dict[str, float]]:
@@ -175,6 +184,46 @@ def validation_of(
         rows = [draw_edit(config, encoder, length, rng, families=(family,)) for length in lengths for _ in range(n)]
         for name, value in measure(model, net, rows, config, rotary).items():
             found.setdefault("validation_kl" if name == "kl" else name, {})[family] = value
+    return found
+
+
+def _fresh_net(model: Any, config: KVEraserConfig, seed: int) -> SteeringNet:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net: SteeringNet = new_net(model, config)
+    return net
+
+
+def _net_of(folder: Path, config: KVEraserConfig) -> SteeringNet:
+    """Return the net of the eraser in a folder, which has to be the one that a run describes, to train it further.
+
+    Raises:
+        EraserMismatchError: there is none, or another one.
+    """
+    net: SteeringNet = load_net(folder)
+    net.config.check_base(config.fingerprint)
+    found, wanted = net.config.to_json(), config.to_json()
+    if different := sorted(name for name in wanted if name != "base" and found[name] != wanted[name]):
+        raise EraserMismatchError(
+            f"the eraser in {str(folder)!r} and the run differ in {', '.join(different)}: "
+            + ", ".join(f"{name} {found[name]!r} and {wanted[name]!r}" for name in different)
+            + "; give the run's configuration those of the eraser"
+        )
+    return net.requires_grad_(True)
+
+
+def _check_start(folder: Path | None, wanted: str) -> str:
+    """Return which eraser a run begins with.
+
+    Raises:
+        ConfigError: another one is wanted.
+    """
+    found = KVEraserEraser(path=str(folder)).eraser_id if folder is not None else ""
+    if wanted and found != wanted:
+        raise ConfigError(
+            f"the configuration was used to train {wanted} further, got {found or 'none'}: name that one's folder, or "
+            "empty the field start in the configuration"
+        )
     return found
 
 

@@ -54,6 +54,8 @@ class EraserTraining:
     """Of the real text (`texts.digest_of`); filled in when a run begins, and checked when it goes on."""
     base: str = ""
     """Fingerprint of the base model; filled in and checked likewise."""
+    start: str = ""
+    """Identity (`Eraser.eraser_id`) of the eraser that is trained further, empty for a fresh one; likewise."""
 
     def __post_init__(self) -> None:
         """Refuse what has no meaning."""

@@ -1,8 +1,9 @@
 """The student and the teacher of a learned eraser, with gradients: next-token logits after an edit, and without spans.
 
 The student prefills the thread once without gradient and then runs the spans' tokens, adapters on, and all queries in
-one pass with a mask: memory follows spans and queries, not the thread. `whole=True` runs everything in a single pass
-instead, the slow twin. Outside of training, erasers edit a paged cache (`erasers.kveraser`); the two agree.
+one pass with a mask: memory follows spans and queries, not the thread. The teacher prefills the thread without spans
+and runs the queries behind it. `whole=True` runs everything in a single pass instead, the slow twin of both. Outside
+of training, erasers edit a paged cache (`erasers.kveraser`); the two agree.
 """
 
 from __future__ import annotations
@@ -40,11 +41,12 @@ class EditBatch:
     """Who sees whom, of blind spans' tokens and of queries. Shape: (num_rows, num_span + num_query, columns), bool"""
     outside: torch.Tensor
     """Thread tokens outside of spans. Shape: (num_rows, num_thread), bool"""
-    teacher_ids: torch.Tensor
-    """Thread without spans, then the queries. Shape: (num_rows, num_left + num_query)"""
-    teacher_positions: torch.Tensor
-    teacher_visible: torch.Tensor
-    """Shape: (num_rows, num_left + num_query, num_left + num_query), bool"""
+    left: torch.Tensor
+    """Thread without spans. Shape: (num_rows, num_left)"""
+    left_positions: torch.Tensor
+    """Of the queries, behind the thread without spans. Shape: (num_rows, num_query)"""
+    left_visible: torch.Tensor
+    """Who of the queries sees whom there. Shape: (num_rows, num_query, num_left + num_query), bool"""
     weight: torch.Tensor
     """Weight of predicting each query token from the one before it. Shape: (num_rows, num_query)"""
 
@@ -71,9 +73,8 @@ def collate_edits(rows: Sequence[EditRow], *, weights: dict[str, float]) -> Edit
     columns = num_thread + num_span + num_query
     visible = np.zeros((n, num_span + num_query, columns), np.bool_)
     kept = np.zeros((n, num_thread), np.bool_)
-    total = num_left + num_query
-    teacher, teacher_at = np.zeros((n, total), np.int64), np.zeros((n, total), np.int64)
-    teacher_visible = np.zeros((n, total, total), np.bool_)
+    left_ids, left_positions = np.zeros((n, num_left), np.int64), np.zeros((n, num_query), np.int64)
+    left_visible = np.zeros((n, num_query, num_left + num_query), np.bool_)
     for i, row in enumerate(rows):
         spans, size = row.span_index, len(row.thread)
         thread[i, :size] = row.thread
@@ -84,8 +85,7 @@ def collate_edits(rows: Sequence[EditRow], *, weights: dict[str, float]) -> Edit
         place = np.arange(size)
         visible[i, : len(spans), :size] = outside & (place[None] < spans[:, None])
         visible[i, : len(spans), num_thread : num_thread + len(spans)] = spans[None] <= spans[:, None]
-        teacher[i, : len(left[i])], teacher_at[i, :num_left] = left[i], np.arange(num_left)
-        teacher_visible[i, :num_left, :num_left] = np.tri(num_left, dtype=np.bool_)
+        left_ids[i, : len(left[i])] = left[i]
         at = 0
         for query in row.queries:
             length = len(query.ids)
@@ -97,29 +97,38 @@ def collate_edits(rows: Sequence[EditRow], *, weights: dict[str, float]) -> Edit
             visible[i, own, num_thread : num_thread + len(spans)] = spans < query.sees
             causal = np.tri(length, dtype=np.bool_)
             visible[i, own, num_thread + own.start : num_thread + own.stop] = causal
-            sees, mine = row.sees_without_spans(query), slice(num_left + at, num_left + at + length)
-            teacher[i, mine], teacher_at[i, mine] = query.ids, sees + np.arange(length)
-            teacher_visible[i, mine, :sees] = True
-            teacher_visible[i, mine, mine] = causal
+            sees, mine = row.sees_without_spans(query), slice(at, at + length)
+            left_positions[i, mine] = sees + np.arange(length)
+            left_visible[i, mine, :sees] = True
+            left_visible[i, mine, num_left + at : num_left + at + length] = causal
             at += length
     padding = np.arange(num_span + num_query)
     visible[:, padding, num_thread + padding] = True  # padding sees itself, so that no softmax is empty
-    teacher_visible[:, np.arange(total), np.arange(total)] = True
+    left_visible[:, np.arange(num_query), num_left + np.arange(num_query)] = True
     arrays = (
-        thread, index, span_ids, is_span.astype(np.bool_), queries, positions, visible, kept, teacher, teacher_at,
-        teacher_visible, weight,
+        thread, index, span_ids, is_span.astype(np.bool_), queries, positions, visible, kept, left_ids, left_positions,
+        left_visible, weight,
     )  # fmt: skip
     return EditBatch(*map(torch.from_numpy, arrays))
 
 
-def teacher_logits(model: Any, batch: EditBatch) -> torch.Tensor:
+@torch.no_grad()
+def teacher_logits(model: Any, batch: EditBatch, *, whole: bool = False) -> torch.Tensor:
     """Return logits of the queries behind the thread that never had the spans: full recomputation.
 
-    Shape: (num_rows, num_query, vocab_size), float32
+    Args:
+        model: frozen.
+        batch: rows.
+        whole: one pass over everything instead of a prefill first.
+
+    Returns:
+        Shape: (num_rows, num_query, vocab_size), float32
     """
-    with torch.no_grad():
-        mask = additive_mask(batch.teacher_visible, model.dtype)[:, None]
-        return _logits(model, batch.teacher_ids, batch.teacher_positions, mask, batch.queries.shape[1])
+    ids, positions, visible, num_query = batch.queries, batch.left_positions, batch.left_visible, batch.queries.shape[1]
+    if whole:
+        ids, positions, visible = _with_prefix(batch.left, ids, positions, visible)
+    mask = additive_mask(visible, model.dtype)[:, None]
+    return _logits(model, ids, positions, mask, num_query, None if whole else _prefill(model, batch.left))
 
 
 def student_logits(
@@ -144,7 +153,7 @@ def student_logits(
         visible[:, :num_span, : batch.thread.shape[1]] |= batch.outside[:, None] & batch.is_span[..., None]
     if net.config.variant == "kv_map":
         assert rotary is not None and not whole, "a map has no forward pass of its own"
-        mapped = _mapped(_prefill(model, batch), net, batch, rotary)
+        mapped = _mapped(_prefill(model, batch.thread), net, batch, rotary)
         mask = additive_mask(visible[:, num_span:], model.dtype)[:, None]
         return _logits(model, batch.queries, batch.positions, mask, num_query, mapped)
     ids = torch.cat([batch.span_ids, batch.queries], dim=1)
@@ -152,15 +161,10 @@ def student_logits(
     gate = torch.cat([batch.is_span, torch.zeros_like(batch.queries, dtype=torch.bool)], dim=1)
     cache: Any = None
     if whole:
-        n, size = batch.thread.shape
-        before = torch.ones(size, size, dtype=torch.bool, device=visible.device).tril().expand(n, size, size)
-        before = torch.cat([before, before.new_zeros(n, size, ids.shape[1])], dim=2)
-        visible = torch.cat([before, visible], dim=1)
-        ids = torch.cat([batch.thread, ids], dim=1)
-        positions = torch.cat([torch.arange(size, device=ids.device).expand(n, size), positions], dim=1)
+        ids, positions, visible = _with_prefix(batch.thread, ids, positions, visible)
         gate = torch.cat([torch.zeros_like(batch.thread, dtype=torch.bool), gate], dim=1)
     else:
-        cache = _prefill(model, batch)
+        cache = _prefill(model, batch.thread)
     with net.attached(model, gate):
         return _logits(model, ids, positions, additive_mask(visible, model.dtype)[:, None], num_query, cache)
 
@@ -174,10 +178,21 @@ def edit_loss(student: torch.Tensor, teacher: torch.Tensor, batch: EditBatch) ->
     return (divergence * weight[at]).sum() / weight[at].sum()
 
 
-def _prefill(model: Any, batch: EditBatch) -> DynamicCache:
+def _with_prefix(
+    prefix: torch.Tensor, ids: torch.Tensor, positions: torch.Tensor, visible: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return ids, positions and visibility of tokens with those of a causal prefix before them."""
+    n, size = prefix.shape
+    before = torch.ones(size, size, dtype=torch.bool, device=visible.device).tril().expand(n, size, size)
+    before = torch.cat([before, before.new_zeros(n, size, ids.shape[1])], dim=2)
+    places = torch.arange(size, device=ids.device).expand(n, size)
+    return torch.cat([prefix, ids], 1), torch.cat([places, positions], 1), torch.cat([before, visible], 1)
+
+
+def _prefill(model: Any, ids: torch.Tensor) -> DynamicCache:
     cache = DynamicCache()
     with torch.no_grad():
-        model(input_ids=batch.thread, logits_to_keep=1, **{cache_argument_of(model): cache, "use_cache": True})
+        model(input_ids=ids, logits_to_keep=1, **{cache_argument_of(model): cache, "use_cache": True})
     return cache
 
 

@@ -12,6 +12,7 @@ from kv_retract.engine.hf import HFEngine
 from kv_retract.engine.models import LoadedModel
 from kv_retract.erasers import KVEraserEraser
 from kv_retract.erasers.kveraser import VARIANTS
+from kv_retract.errors import EraserMismatchError
 from kv_retract.testing.erasers import erase
 from kv_retract.training.checkpoint import CheckpointError, read_log
 from kv_retract.training.config import ConfigError
@@ -167,6 +168,42 @@ def test_a_folder_belongs_to_one_run(run, loaded, tiny, model_of, tmp_path):
         run(given, tmp_path / "other")
     with pytest.raises(ConfigError, match="on a model of fingerprint abc, got 'tiny'"):
         run(replace(given, base="abc"), tmp_path / "other")
+
+
+@each_variant
+def test_an_eraser_is_trained_further(run, tmp_path, variant):
+    config = replace(SMALL, variant=variant)
+    run(config, tmp_path / "first")
+    eraser = tmp_path / "first" / "eraser"
+    further = replace(config, finetune_steps=2, stage="finetune", learning_rate=0.0)
+    run(further, tmp_path / "same", start=eraser)
+    first, same_one = state(tmp_path / "first"), state(tmp_path / "same")
+    assert all(torch.equal(first[name], same_one[name]) for name in first), "no step at a learning rate of 0"
+    run(replace(further, learning_rate=1e-3), tmp_path / "whole", start=eraser)
+    while not (tmp_path / "pieces" / "eraser").exists():
+        run(replace(further, learning_rate=1e-3), tmp_path / "pieces", start=eraser, seconds=0.0)
+    whole, pieces = state(tmp_path / "whole"), state(tmp_path / "pieces")
+    assert all(torch.equal(whole[name], pieces[name]) for name in whole)
+    assert any(not torch.equal(whole[name], first[name]) for name in whole)
+    with pytest.raises(CheckpointError, match=r"another configuration \(start\)"):
+        run(replace(further, learning_rate=1e-3), tmp_path / "whole")
+    given = read_eraser_training(tmp_path / "whole" / "config.json")
+    assert given.start == KVEraserEraser(path=str(eraser)).eraser_id
+    with pytest.raises(ConfigError, match="train .*kveraser.* further, got none: name that one's folder"):
+        run(given, tmp_path / "other")
+
+
+def test_only_an_eraser_of_the_same_model_and_shape_is_trained_further(run, loaded, tiny, model_of, tmp_path):
+    run(replace(SMALL, variant="kv_map"), tmp_path / "first")
+    eraser = tmp_path / "first" / "eraser"
+    with pytest.raises(EraserMismatchError, match="differ in hidden, variant: hidden 16 and 8, variant 'kv_map' and"):
+        run(replace(SMALL, hidden=8), tmp_path / "other", start=eraser)
+    other = LoadedModel(model_of(tiny(num_layers=3, seed=1)).eval(), loaded.tokenizer, "tiny", is_random=True)
+    with pytest.raises(EraserMismatchError, match="was trained on model 'tiny'"):
+        train_eraser(other, replace(SMALL, variant="kv_map"), tmp_path / "other", start=eraser)
+    with pytest.raises(EraserMismatchError, match="expected a learned eraser in"):
+        run(SMALL, tmp_path / "other", start=tmp_path / "nowhere")
+    assert not (tmp_path / "other").exists()
 
 
 def test_configurations(tmp_path):

@@ -88,6 +88,12 @@ def test_one_pass_equals_two_phases(model, rows, variant):
     torch.testing.assert_close(two[weighed], one[weighed], atol=1e-4, rtol=0)
 
 
+def test_one_pass_of_the_teacher_equals_two_phases(model, rows):
+    batch = collate_edits(rows, weights=WEIGHTS)
+    a, b = teacher_logits(model, batch), teacher_logits(model, batch, whole=True)
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+
+
 def test_the_loss_is_the_weighted_mean_divergence(model, rows):
     batch = collate_edits(rows, weights=WEIGHTS)
     generator = torch.Generator().manual_seed(0)
