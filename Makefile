@@ -59,8 +59,8 @@ $(SGLANG_STAMP): pyproject.toml
 	@echo "Setting up $(SGLANG_VENV) with SGLang (10 GB, a few minutes)"
 	@test -x $(SGLANG_VENV)/bin/python || $(PYTHON) -m venv $(SGLANG_VENV)
 	@$(SGLANG_VENV)/bin/python -m pip install --quiet uv
-	@$(SGLANG_VENV)/bin/uv pip install --quiet --python $(SGLANG_VENV)/bin/python sglang==0.5.23 -e . || \
-		$(SGLANG_VENV)/bin/python -m pip install --quiet sglang==0.5.23 -e .
+	@$(SGLANG_VENV)/bin/uv pip install --quiet --python $(SGLANG_VENV)/bin/python sglang==0.5.23 sglang-router==0.3.2 -e . || \
+		$(SGLANG_VENV)/bin/python -m pip install --quiet sglang==0.5.23 sglang-router==0.3.2 -e .
 	@touch $@
 
 sglang-env: $(SGLANG_STAMP)  ## build the environment of the tests with real SGLang servers

@@ -3,7 +3,8 @@
 Two levels. *Edits* (`match`, `edit`, `drop`) are an engine's: the client keeps the ledger, names keys with tombstones
 in them, and never sends a retracted text again (`SGLangEngine`). *Span retractions* (`retract`, `undo`, `heal`,
 `status`) are a server's: it keeps the ledger, and clients may go on sending the original text. One namespace
-(`extra_key`) uses one of the two. All token counts are entries of the request's prompt; intervals are half-open.
+(`extra_key`) uses one of the two. Replicas tell each other what changed in their ledgers (`changes`). All token counts
+are entries of the request's prompt; intervals are half-open.
 """
 
 from __future__ import annotations
@@ -116,6 +117,14 @@ class DropAnswer(_Body):
     slots_freed: int
 
 
+class Replicas(_Body):
+    """Which other replicas did the same."""
+
+    confirmed: list[str] = []
+    missed: dict[str, str] = {}
+    """URL to what went wrong. Such a replica takes the retraction over as soon as it reaches this one."""
+
+
 class MessageSpan(_Body):
     """Characters of a message's content."""
 
@@ -146,6 +155,8 @@ class RetractRequest(_Body):
     policy: str = ""
     reason: str = ""
     wait_s: float = Field(default=5.0, ge=0)
+    spread: bool = True
+    """Send it on to the other replicas."""
 
     @model_validator(mode="after")
     def _check(self) -> RetractRequest:
@@ -178,6 +189,7 @@ class RetractAnswer(_Body):
     edit: EditAnswer
     num_cached: int
     """Tokens of the thread that were cached before. 0: this server has not seen it; do clients send this text?"""
+    replicas: Replicas = Replicas()
 
 
 class ChangeRequest(_Body):
@@ -187,6 +199,8 @@ class ChangeRequest(_Body):
     retraction_ids: list[str] | None = None
     """None: all of the thread."""
     wait_s: float = Field(default=5.0, ge=0)
+    spread: bool = True
+    """Send it on to the other replicas."""
 
 
 class StatusRequest(_Body):
@@ -213,3 +227,22 @@ class StatusAnswer(_Body):
     threads: int
     """Namespaces with retractions."""
     retractions: list[Retraction] = []
+    replicas: Replicas = Replicas()
+
+
+class ChangesRequest(_Body):
+    """What changed in the ledger since it was last asked?"""
+
+    ledger_id: str = ""
+    """Of the last answer; the ledger of another one is told from its beginning."""
+    after: int = 0
+    """`sequence` of the last answer."""
+
+
+class ChangesAnswer(_Body):
+    """Records that are new or have changed, of all threads; digests, no text."""
+
+    ledger_id: str
+    sequence: int
+    records: list[dict[str, Any]]
+    """Of `records.SpanRecord`."""

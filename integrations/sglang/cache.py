@@ -8,7 +8,8 @@ they are evicted.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -112,13 +113,22 @@ class RetractableRadixCache(UnifiedRadixCache):
             at = [node.node_id for node in other]
             if first in at:
                 found.update((node.node_id, node) for node in other[at.index(first) :])
-        children: dict[NodeId, int] = {}
-        for node in found.values():
-            children[node.parent_id] = children.get(node.parent_id, 0) + 1
-        if not own <= found.keys() or any(n.num_children != children.get(n.node_id, 0) for n in found.values()):
-            raise Refused("unsupported", "the tree below the span holds nodes that are not known; flush the cache")
-        nodes = tuple(sorted(found.values(), key=lambda node: -node.path_start))
+        nodes = _complete(found)
+        assert own <= found.keys(), "the path's nodes are known"
         return Subtree(nodes, found.keys() == own)
+
+    def namespaces_of(self, extra_key: str) -> list[Namespace]:
+        """Return where something of a thread is cached."""
+        return [namespace for namespace in self._nodes if namespace.extra_key == extra_key]
+
+    def nodes_of(self, namespace: Namespace) -> tuple[TreePathNodeInfo, ...]:
+        """Return all nodes of a namespace, deepest first.
+
+        Raises:
+            Refused: one is not known.
+        """
+        paths = self._paths(namespace)
+        return _complete({node.node_id: node for path in paths for node in path if node.path_end > node.path_start})
 
     def is_locked(self, nodes: Sequence[TreePathNodeInfo]) -> bool:
         """Whether a running request holds one of the nodes."""
@@ -205,3 +215,11 @@ class RetractableRadixCache(UnifiedRadixCache):
 
 def _key(ids: Sequence[int], namespace: Namespace) -> RadixKey:
     return RadixKey(array("q", ids), namespace.extra_key, cache_salt=namespace.cache_salt)
+
+
+def _complete(found: Mapping[NodeId, TreePathNodeInfo]) -> tuple[TreePathNodeInfo, ...]:
+    """Return nodes deepest first; raises Refused where a child of one is not among them."""
+    children = Counter(node.parent_id for node in found.values())
+    if any(node.num_children != children[node.node_id] for node in found.values()):
+        raise Refused("unsupported", "the tree holds nodes that are not known; flush the cache")
+    return tuple(sorted(found.values(), key=lambda node: -node.path_start))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
@@ -26,6 +27,18 @@ class PluginConfig:
     """SQLite file of span retractions. Empty: they are lost with the process, as the cache is."""
     eraser: str = ""
     """Folder of a learned eraser of the served model (`kv-retract train eraser`). Empty: no `kveraser`."""
+    adapters: str = "hooks"
+    """How low-rank adapters of an eraser run: by `hooks`, or by SGLang's own `lora` (`adapters.ADAPTERS`)."""
+    peers: Sequence[str] = ()
+    """URLs of the other replicas: they get what this one takes back, and are asked for what it missed."""
+    peer_seconds: float = 2.0
+    """How often they are asked."""
+    thread_header: str = ""
+    """HTTP header that names the thread of an OpenAI request without `extra_key`. Empty: none."""
+
+    def __post_init__(self) -> None:
+        """Make equal what JSON tells apart."""
+        object.__setattr__(self, "peers", tuple(self.peers))
 
     @classmethod
     def from_environment(cls) -> Self:

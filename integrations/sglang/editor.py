@@ -103,6 +103,11 @@ class PathEditor:
             raise Refused("busy", "a running request holds the path; finish or abort it, then try again")
         return self.cache.give_back(self.cache.detach(nodes))
 
+    def forget(self, extra_key: str) -> int:
+        """Forget all that is cached of a thread that no request runs in; return how many slots became free."""
+        spaces = self.cache.namespaces_of(extra_key)
+        return sum(self.cache.give_back(self.cache.detach(self.cache.nodes_of(space))) for space in spaces)
+
     def _own_tail(self, ids: Sequence[int], start: int, namespace: Namespace) -> Sequence[Any]:
         """Return the nodes of a path past its last fork, deepest first."""
         nodes = self.cache.path(ids, namespace)

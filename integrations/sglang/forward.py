@@ -13,7 +13,13 @@ from .refusal import Refused
 
 
 def write_kv(
-    runner: Any, ids: Sequence[int], positions: Sequence[int], context: torch.Tensor, slots: torch.Tensor
+    runner: Any,
+    ids: Sequence[int],
+    positions: Sequence[int],
+    context: torch.Tensor,
+    slots: torch.Tensor,
+    *,
+    lora_id: str | None = None,
 ) -> None:
     """Run tokens through the served model and write their KV into `slots`.
 
@@ -26,6 +32,7 @@ def write_kv(
         positions: of the tokens.
         context: slots that they attend to. Shape: (num_context,)
         slots: where their KV goes. Shape: (num_tokens,)
+        lora_id: of a LoRA adapter that is switched on for them; None: none.
 
     Raises:
         Refused: the context is longer than the server's, or no row is free.
@@ -40,7 +47,10 @@ def write_kv(
     try:
         pool.write((rows[0], slice(0, before)), context.to(torch.int32))
         pool.write((rows[0], slice(before, before + count)), slots.to(torch.int32))
-        batch = _batch(ids, positions, before, rows[0], slots, device)
+        batch = _batch(ids, positions, before, rows[0], slots, device, lora_id)
+        if runner.lora_manager is not None:
+            runner.lora_manager.fetch_new_loras({lora_id})
+            runner.lora_manager.prepare_lora_batch(batch)
         runner.kv_index_translator.own_plan(batch).bind(batch, runner.kv_index_translator)
         with torch.inference_mode():
             runner.forward(batch)
@@ -49,7 +59,13 @@ def write_kv(
 
 
 def _batch(
-    ids: Sequence[int], positions: Sequence[int], before: int, row: int, slots: torch.Tensor, device: Any
+    ids: Sequence[int],
+    positions: Sequence[int],
+    before: int,
+    row: int,
+    slots: torch.Tensor,
+    device: Any,
+    lora_id: str | None,
 ) -> ForwardBatch:
     count = len(ids)
 
@@ -75,7 +91,7 @@ def _batch(
         extend_prefix_lens_cpu=[before],
         extend_seq_lens_cpu=[count],
         extend_logprob_start_lens_cpu=[count],
-        lora_ids=[None],
+        lora_ids=[lora_id],
         rids=["kv_retract"],
         spec_algorithm=SpeculativeAlgorithm.NONE,
         capture_hidden_mode=CaptureHiddenMode.NULL,

@@ -21,6 +21,7 @@ from . import api
 from .cache import Namespace, RetractableRadixCache
 from .config import PluginConfig
 from .editor import PathEditor
+from .peers import Peers, key_of
 from .records import SpanLedger
 from .service import SpanService
 
@@ -115,7 +116,7 @@ def _service_of(scheduler: Any) -> SpanService:
 
     config, args, cache = PluginConfig.from_environment(), scheduler.server_args, scheduler.tree_cache
     runner, model = scheduler.tp_worker.model_runner, scheduler.model_config
-    steering = Steering(config.eraser, runner, args.model_path) if config.eraser else None
+    steering = Steering(config.eraser, runner, args.model_path, config.adapters) if config.eraser else None
     pool = cache.token_to_kv_pool_allocator.get_kvcache()
     told = {
         "model": str(args.served_model_name or args.model_path), "vocab_size": model.vocab_size,
@@ -123,9 +124,14 @@ def _service_of(scheduler: Any) -> SpanService:
         "num_kv_heads": pool.k_buffer[0].shape[1], "head_dim": pool.k_buffer[0].shape[2],
         "dtype": str(pool.k_buffer[0].dtype).removeprefix("torch."), "device": str(runner.device),
     }  # fmt: skip
-    return SpanService(
-        PathEditor(cache, steering), SpanLedger(config.ledger), told, lambda name: _is_busy(scheduler, name)
-    )
+    service = SpanService(
+        PathEditor(cache, steering), SpanLedger(config.ledger), told, lambda name: _is_busy(scheduler, name),
+        Peers(config.peers, api_key=key_of(args)) if config.peers else None,
+    )  # fmt: skip
+    if service.peers is not None:
+        service.peers.pull()
+        service.peers.watch(config.peer_seconds)
+    return service
 
 
 def _is_busy(scheduler: Any, extra_key: str) -> bool:
@@ -135,7 +141,7 @@ def _is_busy(scheduler: Any, extra_key: str) -> bool:
     requests += scheduler.waiting_queue
     requests += [entry[0] if isinstance(entry, tuple) else entry for entry in scheduler.grammar_manager.grammar_queue]
     requests += [scheduler.chunked_req] if scheduler.chunked_req is not None else []
-    return any(request.extra_key == extra_key for request in requests)
+    return any(getattr(request, "kv_retract_thread", request.extra_key) == extra_key for request in requests)
 
 
 def _run_or_park(scheduler: Any, request: SpanRequest) -> SpanReply | None:
@@ -184,17 +190,25 @@ def _on_arrival(
     service: SpanService | None = getattr(scheduler, "kv_retract", None)
     if service is None or ids is None:
         return original(scheduler, received, rid, text, ids, *args, **kwargs)
-    original_ids, rewritten = ids, service.rewrite(ids, received.extra_key)
+    thread, namespace = received.extra_key, _namespace_of(received)
+    original_ids, rewritten = ids, service.rewrite(ids, thread, namespace)
     if rewritten is not None:
         ids = received.input_ids = array("q", rewritten.tolist())
     request = original(scheduler, received, rid, text, ids, *args, **kwargs)
+    request.kv_retract_thread = thread
     request.kv_retract_original = original_ids if rewritten is not None else None
     request.kv_retract_tombstones = len(ids) > 0 and min(ids) < 0
     if not request.kv_retract_tombstones:
         return request
-    if rewritten is None and (cold := service.cold(ids, Namespace(received.extra_key, received.cache_salt))):
+    if rewritten is None and (cold := service.cold(ids, namespace)):
         request.set_finish_with_abort(f"{api.COLD}: {cold} of them are not cached; leave their spans out of the prompt")
     return request
+
+
+def _namespace_of(received: Any) -> Namespace:
+    """Return where a request reads the cache; SGLang adds the adapter of a LoRA request to its key."""
+    key = received.extra_key if received.lora_id is None else (received.extra_key or "") + received.lora_id
+    return Namespace(key, received.cache_salt or None)
 
 
 def _on_admission(original: Callable[..., Any], adder: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
@@ -215,7 +229,8 @@ def _on_admission(original: Callable[..., Any], adder: Any, request: Any, *args:
 
 def _rewrite_waiting(service: SpanService, request: Any) -> None:
     """Leave what is no longer cached out of a request that has not begun, or was preempted."""
-    rewritten = service.rewrite(request.kv_retract_original, request.extra_key)
+    namespace = Namespace(request.extra_key, request.cache_salt)
+    rewritten = service.rewrite(request.kv_retract_original, request.kv_retract_thread, namespace)
     ids = array("q", request.kv_retract_original if rewritten is None else rewritten.tolist())
     if request.logprob_start_len > 0:
         request.logprob_start_len = min(request.logprob_start_len, len(ids))

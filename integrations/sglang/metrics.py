@@ -21,6 +21,7 @@ class SpanMetrics:
         )
         self._tokens = Counter("kv_retract:tokens_erased", "Tokens whose KV was erased.")
         self._freed = Counter("kv_retract:slots_freed", "Slots that edits gave back.")
+        self._missed = Counter("kv_retract:replicas_missed", "Replicas that did not confirm an operation at once.")
         self._seconds = Histogram(
             "kv_retract:operation_seconds",
             "Time of an operation, waiting for its thread included.",
@@ -39,5 +40,6 @@ class SpanMetrics:
             edit = answer.get("edit", answer) if ok else {}
             self._tokens.inc(edit.get("tokens_erased", 0))
             self._freed.inc(edit.get("slots_freed", 0))
+            self._missed.inc(len(answer.get("replicas", {}).get("missed", ())))
 
         return done

@@ -32,16 +32,25 @@ class ChildServer:
         return self.log.read_text(encoding="utf-8", errors="replace")[-3000:]
 
 
+def free_port() -> int:
+    """Return a port of loopback that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
 @contextmanager
 def running_server(
-    venv: Path, folder: Path, options: Sequence[str] = (), *, seconds: float = 300
+    venv: Path, folder: Path, options: Sequence[str] = (), *, port: int | None = None, seconds: float = 300
 ) -> Iterator[ChildServer]:
-    """Run `kv-retract serve` on a free port of loopback while the block runs.
+    """Run `kv-retract serve` on loopback while the block runs; at its end it is killed.
 
     Args:
         venv: environment with SGLang and kv-retract.
         folder: for the log.
         options: of `kv-retract serve`.
+        port: None: a free one.
         seconds: how long a start may take.
 
     Raises:
@@ -50,12 +59,10 @@ def running_server(
     program = venv / "bin" / "kv-retract"
     if not program.exists():
         raise ServeError(f"expected an environment with SGLang and kv-retract, found no {str(program)!r}")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = port or free_port()
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / f"server-{port}.log"
-    with log.open("wb") as output:
+    with log.open("ab") as output:
         process = subprocess.Popen(
             [str(program), "serve", "--port", str(port), *options],
             stdout=output, stderr=subprocess.STDOUT, env=environment_before(program.parent), start_new_session=True,

@@ -2,16 +2,19 @@
 
 A thread is a namespace, and a span is found again by the digest of the original tokens up to its end: it applies to
 whatever request of the namespace begins with them. So clients may go on sending the original text. With a file, the
-ledger survives a restart; with several tensor-parallel ranks, the first one writes.
+ledger survives a restart. Replicas of a server exchange what changed (`peers`): every ledger numbers its changes, and a
+record counts its decisions, so that the newest one wins.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import sqlite3
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
+from uuid import uuid4
 
 import numpy as np
 
@@ -21,6 +24,8 @@ from kv_retract.errors import LedgerError
 
 from .api import State
 from .refusal import Refused
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +47,15 @@ class SpanRecord:
     policy: str = ""
     reason: str = ""
     created_at: str = ""
+    revision: int = 1
+    """How often it was decided on: taken back, undone, healed. A steered span that became exact because its cache was
+    gone is no decision."""
+
+    def wins_over(self, other: SpanRecord | None) -> bool:
+        """Whether a replica that has `other` takes this one instead; of two decisions alike, the text stays out."""
+        if other is None or self.revision != other.revision:
+            return other is None or self.revision > other.revision
+        return other.state == "revoked" != self.state
 
 
 class SpanLedger:
@@ -49,24 +63,22 @@ class SpanLedger:
 
     Args:
         path: of the file; empty: memory only.
-        writes: whether changes go to the file; False on all ranks but the first.
 
     Raises:
         LedgerError: the file is no such ledger.
     """
 
-    def __init__(self, path: str = "", *, writes: bool = True) -> None:
+    def __init__(self, path: str = "") -> None:
         self._records: dict[str, dict[str, SpanRecord]] = {}
-        self._writes, self._file = writes, None
+        self._changed: dict[str, int] = {}
+        """Id of a record to the number of its last change."""
+        self.sequence = 0
+        """Number of the last change."""
+        self.ledger_id, self._file = uuid4().hex, None
         if path:
             try:
                 self._file = sqlite3.connect(path, check_same_thread=False)
-                self._file.execute("PRAGMA journal_mode=WAL")
-                self._file.execute(
-                    "CREATE TABLE IF NOT EXISTS span_retractions (retraction_id TEXT PRIMARY KEY, record TEXT NOT NULL)"
-                )
-                rows = self._file.execute("SELECT record FROM span_retractions ORDER BY rowid").fetchall()
-                self._keep(SpanRecord(**json.loads(text)) for (text,) in rows)
+                self._read(self._file)
             except (sqlite3.Error, ValueError, TypeError) as error:
                 raise LedgerError(f"cannot read span retractions from {path!r}: {error}; name another file") from error
 
@@ -78,27 +90,59 @@ class SpanLedger:
         """Return how many threads have records."""
         return len(self._records)
 
-    def put(self, records: Sequence[SpanRecord]) -> None:
+    def changes(self, after: int = 0) -> list[SpanRecord]:
+        """Return the records that changed after change number `after`, of all threads."""
+        return [
+            record
+            for records in self._records.values()
+            for record in records.values()
+            if self._changed[record.retraction_id] > after
+        ]
+
+    def put(self, records: Sequence[SpanRecord], *, must_last: bool = True) -> None:
         """Add records, or replace those of the same id; all or none.
+
+        Args:
+            records: of any threads.
+            must_last: False: where the file cannot be written, the change holds until the server ends.
 
         Raises:
             LedgerError: the file cannot be written; nothing has changed.
         """
-        if self._file is not None and self._writes and records:
+        numbered = list(enumerate(records, start=self.sequence + 1))
+        if self._file is not None and records:
             try:
                 with self._file:
                     self._file.executemany(
-                        "INSERT INTO span_retractions VALUES (?, ?) "
-                        "ON CONFLICT (retraction_id) DO UPDATE SET record = excluded.record",
-                        [(r.retraction_id, json.dumps(asdict(r))) for r in records],
+                        "INSERT INTO span_retractions (retraction_id, record, sequence) VALUES (?, ?, ?) ON CONFLICT "
+                        "(retraction_id) DO UPDATE SET record = excluded.record, sequence = excluded.sequence",
+                        [(r.retraction_id, json.dumps(asdict(r)), number) for number, r in numbered],
                     )
             except sqlite3.Error as error:
-                raise LedgerError(f"cannot write the ledger of span retractions: {error}") from error
-        self._keep(records)
+                if must_last:
+                    raise LedgerError(f"cannot write the ledger of span retractions: {error}") from error
+                log.error("kv_retract: cannot write the ledger of span retractions: %s", error)
+        for number, record in numbered:
+            self._keep(record, number)
 
-    def set_state(self, records: Sequence[SpanRecord], state: State) -> None:
-        """Change the state of records; raises as `put`."""
-        self.put([replace(record, state=state) for record in records if record.state != state])
+    def decide(self, records: Sequence[SpanRecord], state: State) -> None:
+        """Change the state of records by a decision; raises as `put`."""
+        self.put([replace(r, state=state, revision=r.revision + 1) for r in records if r.state != state])
+
+    def set_state(self, records: Sequence[SpanRecord], state: State, *, must_last: bool = True) -> None:
+        """Change the state of records as this server's cache has it; see `put`."""
+        self.put([replace(record, state=state) for record in records if record.state != state], must_last=must_last)
+
+    def again(self, record: SpanRecord) -> SpanRecord:
+        """Return a new record as the next decision on one of the same id, where there is one."""
+        before = self._records.get(record.extra_key, {}).get(record.retraction_id)
+        return record if before is None else replace(record, revision=before.revision + 1)
+
+    def adopt(self, records: Iterable[SpanRecord]) -> list[SpanRecord]:
+        """Take over what another replica decided later, and return it; that one keeps it as well."""
+        newer = [r for r in records if r.wins_over(self._records.get(r.extra_key, {}).get(r.retraction_id))]
+        self.put(newer, must_last=False)
+        return newer
 
     def close(self) -> None:
         """Let go of the file."""
@@ -106,9 +150,25 @@ class SpanLedger:
             self._file.close()
             self._file = None
 
-    def _keep(self, records: Iterable[SpanRecord]) -> None:
-        for record in records:
-            self._records.setdefault(record.extra_key, {})[record.retraction_id] = record
+    def _read(self, file: sqlite3.Connection) -> None:
+        file.execute("PRAGMA journal_mode=WAL")
+        with file:
+            file.execute(
+                "CREATE TABLE IF NOT EXISTS span_retractions (retraction_id TEXT PRIMARY KEY, record TEXT NOT NULL, "
+                "sequence INTEGER NOT NULL)"
+            )
+            file.execute("CREATE TABLE IF NOT EXISTS identity (ledger_id TEXT NOT NULL)")
+            if (row := file.execute("SELECT ledger_id FROM identity").fetchone()) is None:
+                file.execute("INSERT INTO identity VALUES (?)", (self.ledger_id,))
+            else:
+                self.ledger_id = row[0]
+        for text, number in file.execute("SELECT record, sequence FROM span_retractions ORDER BY rowid").fetchall():
+            self._keep(SpanRecord(**json.loads(text)), number)
+
+    def _keep(self, record: SpanRecord, number: int) -> None:
+        self._records.setdefault(record.extra_key, {})[record.retraction_id] = record
+        self._changed[record.retraction_id] = number
+        self.sequence = max(self.sequence, number)
 
 
 def digests(ids: IntArray, ends: Iterable[int]) -> dict[int, str]:

@@ -17,18 +17,23 @@ from sglang.utils import TypeBasedDispatcher
 from kv_retract.errors import KVRetractError
 
 from . import api
+from .config import PluginConfig
 from .hooks import SpanReply, SpanRequest
 from .metrics import SpanMetrics
+from .peers import Spread, key_of
 from .refusal import STATUS
 from .rendering import Rendering
 from .service import BODIES
 
+_OPENAI = "sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase.handle_request"
 _COMMUNICATORS = "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin.init_communicators"
 
 
 def register() -> None:
-    """Register the hook that adds the routes."""
+    """Register the hook that adds the routes, and the one that reads a header where one names the thread."""
     HookRegistry.register(_COMMUNICATORS, _add_routes, HookType.AFTER)
+    if header := PluginConfig.from_environment().thread_header:
+        HookRegistry.register(_OPENAI, _naming(header), HookType.AROUND)
 
 
 class SpanClient:
@@ -44,6 +49,8 @@ class SpanClient:
         manager._result_dispatcher += TypeBasedDispatcher([(SpanReply, self._receive)])
         self._rendering = Rendering(manager)
         self._metrics = SpanMetrics() if manager.enable_metrics else None
+        peers = PluginConfig.from_environment().peers
+        self._spread = Spread(peers, api_key=key_of(manager.server_args)) if peers else None
 
     async def call(self, operation: str, body: dict[str, Any]) -> tuple[int, str]:
         """Run an operation; return an HTTP status and the JSON of its answer or `api.Refusal`."""
@@ -64,7 +71,16 @@ class SpanClient:
             return 400, _bad_request(str(error))
         self._manager.auto_create_handle_loop()
         reply = await self._ask(operation, request)
-        return 200 if reply.ok else STATUS.get(json.loads(reply.body)["error"], 409), reply.body
+        if not reply.ok:
+            return STATUS.get(json.loads(reply.body)["error"], 409), reply.body
+        if (
+            self._spread is None
+            or not isinstance(request, api.RetractRequest | api.ChangeRequest)
+            or not request.spread
+        ):
+            return 200, reply.body
+        replicas = await self._spread.send(operation, request)
+        return 200, json.dumps({**json.loads(reply.body), "replicas": replicas.model_dump()})
 
     async def _ask(self, operation: str, request: BaseModel) -> SpanReply:
         ticket = uuid4().hex
@@ -86,6 +102,18 @@ class SpanClient:
             future.set_result(reply)
 
 
+def _naming(header: str) -> Any:
+    """Let a header name the thread of a request that does not: routers drop fields of a body that they do not know."""
+
+    def name_thread(original: Any, serving: Any, request: Any, raw_request: Any) -> Any:
+        name = raw_request.headers.get(header) if raw_request is not None else None
+        if name and getattr(request, "extra_key", "") is None:
+            request.extra_key = name
+        return original(serving, request, raw_request)
+
+    return name_thread
+
+
 def _bad_request(message: str) -> str:
     return api.Refusal(error="bad_request", message=message).model_dump_json()
 
@@ -97,6 +125,8 @@ def _told(wrong: Mapping[str, Any]) -> str:
 
 
 def _add_routes(result: Any, manager: Any) -> None:
+    if PluginConfig.from_environment().thread_header and _OPENAI not in HookRegistry._patched:
+        raise ValueError(f"kv_retract: SGLang did not apply the hook on {_OPENAI}; is it 0.5.23?")
     manager.kv_retract = SpanClient(manager)
     server = sys.modules.get("sglang.srt.entrypoints.http_server")
     if server is None or not hasattr(server, "app"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,6 +18,7 @@ from kv_retract.types import Interval
 from . import api
 from .cache import Namespace
 from .editor import PathEditor
+from .peers import Peers
 from .records import SpanLedger, SpanRecord, entry_of, key_of, new_records, standing
 from .refusal import Refused
 
@@ -30,6 +32,7 @@ BODIES: Mapping[str, type[BaseModel]] = {
     "undo": api.ChangeRequest,
     "heal": api.ChangeRequest,
     "status": api.StatusRequest,
+    "changes": api.ChangesRequest,
 }
 """Operation to its body; each has a method of `SpanService`."""
 
@@ -42,17 +45,26 @@ class SpanService:
         ledger: of span retractions.
         model: what `status` says of the served model.
         is_busy: tells of a namespace whether a request of it runs or waits.
+        peers: other replicas; None: there are none.
     """
 
     def __init__(
-        self, editor: PathEditor, ledger: SpanLedger, model: Mapping[str, Any], is_busy: Callable[[str], bool]
+        self,
+        editor: PathEditor,
+        ledger: SpanLedger,
+        model: Mapping[str, Any],
+        is_busy: Callable[[str], bool],
+        peers: Peers | None = None,
     ) -> None:
-        self.editor, self.ledger = editor, ledger
+        self.editor, self.ledger, self.peers = editor, ledger, peers
         self._model, self._is_busy = dict(model), is_busy
+        self._outdated: set[str] = set()
+        """Threads whose cache has read what another replica took back."""
 
     def run(self, operation: str, body: str) -> BaseModel:
         """Run an operation; what went wrong comes back as an `api.Refusal`."""
         try:
+            self.catch_up()
             answer: BaseModel = getattr(self, operation)(BODIES[operation].model_validate_json(body))
             return answer
         except Refused as error:
@@ -107,9 +119,9 @@ class SpanService:
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         )  # fmt: skip
         spans = [(span.start, span.end) for span in body.spans if isinstance(span, api.Interval)]
-        made = new_records(ids, spans, known, template)
+        made = [r if r in known else self.ledger.again(r) for r in new_records(ids, spans, known, template)]
         new = [record for record in made if record not in known]
-        before, exact = self.resolve(ids, known)
+        before, exact = self.resolve(ids, known, Namespace(body.extra_key))
         num_cached = len(self.editor.cache.locate(before.ids.tolist(), Namespace(body.extra_key)).slots)
         # A stronger guarantee also changes what was steered before: the steered path has read it.
         changed = [record for record in made if record in new or not steered and record.state == "steered"]
@@ -145,14 +157,41 @@ class SpanService:
             retractions=[_retraction(record) for record in records],
         )
 
+    # -- replicas ---------------------------------------------------------------------------------------------------
+
+    def changes(self, body: api.ChangesRequest) -> api.ChangesAnswer:
+        """Tell another replica what changed."""
+        ledger = self.ledger
+        after = body.after if body.ledger_id == ledger.ledger_id else 0
+        return api.ChangesAnswer(
+            ledger_id=ledger.ledger_id,
+            sequence=ledger.sequence,
+            records=[asdict(record) for record in ledger.changes(after)],
+        )
+
+    def catch_up(self) -> None:
+        """Take over what other replicas took back, and forget what the cache read of it."""
+        if self.peers is not None and (found := self.peers.take()):
+            adopted = self.ledger.adopt(found)
+            self._outdated |= {record.extra_key for record in adopted if record.state != "revoked"}
+        for extra_key in [name for name in self._outdated if not self._is_busy(name)]:
+            self.editor.forget(extra_key)
+            self._outdated.discard(extra_key)
+
     # -- requests ---------------------------------------------------------------------------------------------------
 
-    def rewrite(self, ids: Sequence[int], extra_key: str | None) -> IntArray | None:
+    def rewrite(self, ids: Sequence[int], extra_key: str | None, namespace: Namespace) -> IntArray | None:
         """Return the key of a request that arrives with original tokens; None: no span of it was taken back.
 
         A steered span whose tombstones are no longer cached is left out from now on: what follows is prefilled anew
         without it, and the ledger says `exact`.
+
+        Args:
+            ids: as they arrived.
+            extra_key: the thread, as its clients name it.
+            namespace: where the request reads the cache: a salt or a LoRA adapter makes it another one.
         """
+        self.catch_up()
         records = self.ledger.records(extra_key)
         if not records:
             return None
@@ -160,8 +199,8 @@ class SpanService:
         found = standing(records, tokens)
         if not found:
             return None
-        key, cold = self.resolve(tokens, found)
-        self.ledger.set_state([record for record in found if record.retraction_id in cold], "exact")
+        key, cold = self.resolve(tokens, found, namespace)
+        self.ledger.set_state([r for r in found if r.retraction_id in cold], "exact", must_last=False)
         return key.ids
 
     def cold(self, ids: Sequence[int], namespace: Namespace) -> int:
@@ -171,12 +210,12 @@ class SpanService:
             return 0
         return int((at >= self._usable(ids, namespace)).sum())
 
-    def resolve(self, ids: IntArray, records: Sequence[SpanRecord]) -> tuple[ThreadKey, set[str]]:
+    def resolve(self, ids: IntArray, records: Sequence[SpanRecord], namespace: Namespace) -> tuple[ThreadKey, set[str]]:
         """Return the key of original tokens as the cache can serve it, and the steered records that are cold in it."""
         cold: set[str] = set()
         while True:
             key = key_of(ids, records, cold)
-            usable = self._usable(key.ids.tolist(), Namespace(key.extra_key or None))
+            usable = self._usable(key.ids.tolist(), namespace)
             steered = [r for r in records if r.state == "steered" and r.retraction_id not in cold]
             more = {r.retraction_id for r in steered if entry_of(r.end, records, cold) > usable}
             if not more:
@@ -224,7 +263,7 @@ class SpanService:
         if unknown := [name for name in wanted if name not in records]:
             raise Refused("unknown_retraction", f"thread {body.extra_key!r} has no retraction {unknown[0]!r}")
         chosen = [records[name] for name in wanted if state == "revoked" or records[name].state == "steered"]
-        self.ledger.set_state(chosen, state)
+        self.ledger.decide(chosen, state)
         return self.status(api.StatusRequest(extra_key=body.extra_key))
 
 

@@ -104,12 +104,48 @@ def test_the_file_holds_what_was_put(tmp_path):
     again.close()
 
 
-def test_a_rank_that_does_not_write_reads_all(tmp_path):
+def test_changes_are_numbered_also_over_a_restart(tmp_path):
     path = str(tmp_path / "spans.sqlite")
-    reader = SpanLedger(path, writes=False)
-    reader.put(records((10, 20)))
-    assert len(reader.records("t")) == 1
-    assert SpanLedger(path).records("t") == []
+    ledger, made = SpanLedger(path), records((10, 20), (50, 60))
+    ledger.put(made)
+    assert ledger.sequence == 2 and ledger.changes() == made and ledger.changes(1) == made[1:]
+    ledger.set_state(made[:1], "exact")
+    (changed,) = ledger.changes(2)
+    assert changed == replace(made[0], state="exact") and ledger.changes(3) == []
+    ledger.close()
+    again = SpanLedger(path)
+    assert (again.ledger_id, again.sequence) == (ledger.ledger_id, 3) and again.changes(2) == [changed]
+    assert SpanLedger().ledger_id != SpanLedger().ledger_id
+    again.close()
+
+
+def test_the_newest_decision_wins():
+    (first,) = records((10, 20))
+    ours, theirs = SpanLedger(), SpanLedger()
+    assert ours.adopt([first]) == [first] and ours.adopt([first]) == []
+    ours.set_state([first], "exact")
+    assert ours.adopt([first]) == [], "a cold cache is no decision, nor is a warm one"
+    theirs.put([first])
+    theirs.decide([first], "revoked")
+    (undone,) = ours.adopt(theirs.changes())
+    assert (undone.state, undone.revision) == ("revoked", 2) == (ours.records("t")[0].state, 2)
+    assert theirs.adopt([first]) == [], "what was undone later stays so"
+    again = theirs.again(first)
+    assert again.revision == 3 and again.state == "steered" and theirs.again(records((1, 2))[0]).revision == 1
+    theirs.put([again])
+    assert ours.adopt(theirs.changes()) == [again]
+    healed, revoked = replace(again, state="exact", revision=4), replace(again, state="revoked", revision=4)
+    assert healed.wins_over(revoked) and not revoked.wins_over(healed), "of two at once, the text stays out"
+
+
+def test_a_full_disk_loses_no_retraction_of_another_replica(tmp_path, monkeypatch):
+    ledger, made = SpanLedger(str(tmp_path / "spans.sqlite")), records((10, 20))
+    ledger.close()
+    ledger._file = sqlite3.connect(":memory:")  # without the table: nothing can be written
+    with pytest.raises(LedgerError, match="cannot write the ledger"):
+        ledger.put(made)
+    assert ledger.records("t") == []
+    assert ledger.adopt(made) == made == ledger.records("t")
 
 
 @pytest.mark.parametrize("content", [b"no database" * 100, None], ids=["no database", "other records"])
@@ -126,7 +162,7 @@ def test_a_file_that_is_no_ledger(tmp_path, content):
 
 
 def test_the_configuration_travels_through_the_environment(monkeypatch):
-    config = PluginConfig(ledger="l", eraser="e")
+    config = PluginConfig(ledger="l", eraser="e", peers=["http://a:1", "http://b:1"], thread_header="x-thread")
     monkeypatch.setenv(VARIABLE, config.to_environment()[VARIABLE])
     assert PluginConfig.from_environment() == config
     monkeypatch.delenv(VARIABLE)
@@ -158,3 +194,10 @@ def test_the_eraser_of_a_server(tmp_path):
     assert eraser(model=str(MODEL_DIR)) == ""
     with pytest.raises(EraserMismatchError, match="learned eraser"):
         eraser(eraser=str(tmp_path))
+
+
+def test_the_peers_of_a_server():
+    given = json.loads(Server(peers=["http://a:1"], thread_header="X-Thread").environment()[VARIABLE])
+    assert given["peers"] == ["http://a:1"] and given["thread_header"] == "x-thread"
+    with pytest.raises(ServeError, match="such as http://host:30000, got 'a:1'"):
+        Server(peers=["http://b:1", "a:1"]).environment()

@@ -66,9 +66,9 @@ class Server:
 
 
 @contextmanager
-def serving(folder: Path, *options: str) -> Iterator[Server]:
-    """Start `kv-retract serve`, wait until it answers, stop it."""
-    with running_server(VENV, folder, options) as child:
+def serving(folder: Path, *options: str, port: int | None = None) -> Iterator[Server]:
+    """Start `kv-retract serve`, wait until it answers, kill it."""
+    with running_server(VENV, folder, options, port=port) as child:
         server = Server(child)
         try:
             yield server

@@ -9,38 +9,11 @@ import pytest
 
 from kv_retract.cache.keys import KeyEdit, build_key
 from kv_retract.erasers import ERASERS
-from kv_retract.types import SamplingParams
 
+from .expected import ASK, SPAN, answer, assert_same, embedded
 from .servers import VENV, serving
 
 pytestmark = [pytest.mark.sglang, pytest.mark.enable_socket]
-
-SPAN = (60, 80)
-ASK = slice(380, 400)
-"""Tokens of the next turn."""
-
-
-def embedded(engine, ids, spans, eraser, ask, n=8):
-    """What the embedded engine answers on the same edit: ids and log-probabilities."""
-    made = ERASERS.create(eraser) if isinstance(eraser, str) else eraser
-    edits = [KeyEdit(start=a, end=b, exact=made.exact, eraser_id=made.eraser_id, retraction_id="r") for a, b in spans]
-    old = build_key(ids, ())
-    engine.extend(old)
-    engine.erase(old, spans, made, build_key(ids, edits))
-    return answer(engine, build_key(np.concatenate([ids, ask]), edits), n)
-
-
-def answer(engine, key, n=8):
-    told = list(engine.generate(key, SamplingParams(max_tokens=n, temperature=0.0, logprobs=True)))
-    return [t.id for t in told], np.array([t.logprob for t in told])
-
-
-def assert_same(told, wanted, tolerance=1e-4):
-    ids, logprobs = wanted
-    assert told["ids"] == ids
-    difference = np.abs(told["logprobs"] - logprobs)
-    print(f"log-probabilities differ by {difference.max():.2e} at most, {difference.mean():.2e} in the mean")
-    assert difference.max() < tolerance
 
 
 def test_ordinary_answers_are_those_of_transformers(server, engine, thread):
@@ -233,19 +206,33 @@ def test_the_ledger_survives_a_restart(server, engine, thread, tmp_path):
     assert_same(after, answer(engine, build_key(np.delete(ids, np.arange(*SPAN)), ())))
 
 
-@pytest.mark.parametrize("variant", ["blind", "suffix_aware"])
-def test_the_adapters_write_what_the_embedded_engine_writes(engine, thread, tmp_path, variant):
+@pytest.mark.parametrize(("variant", "adapters"), [("blind", "hooks"), ("suffix_aware", "hooks"), ("blind", "lora")])
+def test_the_adapters_write_what_the_embedded_engine_writes(engine, thread, tmp_path, variant, adapters):
     ids, name = thread
     spans = [(0, 12), SPAN, (200, 330)]
-    with serving(tmp_path, "--eraser", variant) as running:
+    with serving(tmp_path, "--eraser", variant, "--adapters", adapters) as running:
+        assert_same(running.generate(ids, f"{name}/plain"), answer(engine, build_key(ids, ())))
         running.generate(ids[:380], name)
         told = running.retract(ids[:380], spans, name)
         assert told["edit"]["tokens_recomputed"] == 162
         after = running.generate(ids, name)
         assert after["cached"] == 380
+        again = running.generate(ids, f"{name}/later")
+        assert_same(again, answer(engine, build_key(ids, ())))
         running.assert_alive()
     eraser = ERASERS.create("kveraser", variant=variant)
     assert_same(after, embedded(engine, ids[:380], spans, eraser, ids[ASK]))
+
+
+def test_a_salt_reads_another_cache_and_not_the_span(server, engine, thread):
+    ids, name = thread
+    for salt in (None, "salt"):
+        server.generate(ids[:380], name, cache_salt=salt)
+    server.retract(ids[:380], [SPAN], name)
+    salted = server.generate(ids, name, cache_salt="salt")
+    assert salted["prompt"] == 380, "steering states are in the plain one only, so here the span is left out"
+    assert_same(salted, answer(engine, build_key(np.delete(ids, np.arange(*SPAN)), ())))
+    server.assert_alive()
 
 
 def test_in_process(engine, thread):
