@@ -1,13 +1,15 @@
 """What SGLang 0.5.23 needs on a machine without a GPU, vllm or AMX kernels; nothing here runs on others.
 
-Its rotary embeddings ask for vllm there, and its `torch_native` attention computes queries for the whole cached prefix
-again, so that a cached prefix saves a request nothing but the other layers.
+Its rotary embeddings ask for vllm there, its `torch_native` attention computes queries for the whole cached prefix
+again, so that a cached prefix saves a request nothing but the other layers, and its LoRA layers ask for pinned memory.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +20,16 @@ _ROTARY = "sglang.srt.layers.rotary_embedding.base.RotaryEmbedding.__init__"
 _EXTEND = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend._run_sdpa_forward_extend"
 
 
-def register() -> None:
-    """Register the hooks where they are needed."""
+_LORA = "sglang.srt.lora.lora_manager.LoRAManager"
+_PINNING = ("__init__", "load_lora_adapter_from_tensors", "fetch_new_loras", "prepare_lora_batch")
+"""Its methods that pin memory."""
+
+
+def register(*, lora: bool) -> None:
+    """Register the hooks where they are needed; `lora`: also for an eraser's adapters in SGLang's LoRA layers."""
+    if lora and not torch.cuda.is_available():
+        for method in _PINNING:
+            HookRegistry.register(f"{_LORA}.{method}", _without_pinning, HookType.AROUND)
     if not (torch.cuda.is_available() or importlib.util.find_spec("vllm")):
         HookRegistry.register(_ROTARY, _native_rotary, HookType.AROUND)
         HookRegistry.register(_EXTEND, _extend, HookType.AROUND)
@@ -33,6 +43,32 @@ def _native_rotary(original: Callable[..., Any], *args: Any, **kwargs: Any) -> A
         return original(*args, **kwargs)
     finally:
         base._is_cpu = before
+
+
+def _without_pinning(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with _unpinned():
+        return original(*args, **kwargs)
+
+
+@contextmanager
+def _unpinned() -> Iterator[None]:
+    """Let torch ignore wishes for pinned memory while the block runs: only a GPU's driver has any."""
+    patched: Any = torch
+    makers = {name: getattr(torch, name) for name in ("tensor", "empty", "zeros", "ones_like")}
+    pin = torch.Tensor.pin_memory
+    for name, make in makers.items():
+        setattr(patched, name, partial(_make_unpinned, make))
+    patched.Tensor.pin_memory = lambda self, *args: self
+    try:
+        yield
+    finally:
+        for name, make in makers.items():
+            setattr(patched, name, make)
+        patched.Tensor.pin_memory = pin
+
+
+def _make_unpinned(make: Callable[..., torch.Tensor], *args: Any, pin_memory: bool = False, **kwargs: Any) -> Any:
+    return make(*args, **kwargs)
 
 
 def _extend(

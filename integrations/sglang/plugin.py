@@ -14,10 +14,11 @@ def load() -> None:
     from sglang.srt.mem_cache.registry import register_radix_cache_backend, registered_radix_cache_backends
 
     from . import cpu, hooks, routes
+    from .config import PluginConfig
 
     if NAME in registered_radix_cache_backends():
         return
-    cpu.register()
+    cpu.register(lora=PluginConfig.from_environment().adapters == "lora")
     hooks.register()
     routes.register()
     register_radix_cache_backend(NAME, hooks.create_cache)

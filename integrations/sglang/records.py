@@ -135,20 +135,28 @@ class SpanLedger:
 
     def again(self, record: SpanRecord) -> SpanRecord:
         """Return a new record as the next decision on one of the same id, where there is one."""
-        before = self._records.get(record.extra_key, {}).get(record.retraction_id)
+        before = self._of(record)
         return record if before is None else replace(record, revision=before.revision + 1)
 
     def adopt(self, records: Iterable[SpanRecord]) -> list[SpanRecord]:
-        """Take over what another replica decided later, and return it; that one keeps it as well."""
-        newer = [r for r in records if r.wins_over(self._records.get(r.extra_key, {}).get(r.retraction_id))]
+        """Take over what another replica decided later; return what was not taken back here before.
+
+        Where the file cannot be written it holds until the server ends: the other replica keeps it as well.
+        """
+        newer = [r for r in records if r.wins_over(self._of(r))]
+        standing_now = [r for r in newer if r.state != "revoked" and not _stands(self._of(r))]
         self.put(newer, must_last=False)
-        return newer
+        return standing_now
 
     def close(self) -> None:
         """Let go of the file."""
         if self._file is not None:
             self._file.close()
             self._file = None
+
+    def _of(self, record: SpanRecord) -> SpanRecord | None:
+        """Return what is known under a record's id."""
+        return self._records.get(record.extra_key, {}).get(record.retraction_id)
 
     def _read(self, file: sqlite3.Connection) -> None:
         file.execute("PRAGMA journal_mode=WAL")
@@ -169,6 +177,10 @@ class SpanLedger:
         self._records.setdefault(record.extra_key, {})[record.retraction_id] = record
         self._changed[record.retraction_id] = number
         self.sequence = max(self.sequence, number)
+
+
+def _stands(record: SpanRecord | None) -> bool:
+    return record is not None and record.state != "revoked"
 
 
 def digests(ids: IntArray, ends: Iterable[int]) -> dict[int, str]:

@@ -172,8 +172,7 @@ class SpanService:
     def catch_up(self) -> None:
         """Take over what other replicas took back, and forget what the cache read of it."""
         if self.peers is not None and (found := self.peers.take()):
-            adopted = self.ledger.adopt(found)
-            self._outdated |= {record.extra_key for record in adopted if record.state != "revoked"}
+            self._outdated |= {record.extra_key for record in self.ledger.adopt(found)}
         for extra_key in [name for name in self._outdated if not self._is_busy(name)]:
             self.editor.forget(extra_key)
             self._outdated.discard(extra_key)

@@ -26,7 +26,7 @@ def answer(engine, key, n=8):
     return [t.id for t in told], np.array([t.logprob for t in told])
 
 
-def assert_same(told, wanted, tolerance=1e-4):
+def assert_same(told, wanted, tolerance=1e-5):
     ids, logprobs = wanted
     assert told["ids"] == ids
     difference = np.abs(told["logprobs"] - logprobs)
