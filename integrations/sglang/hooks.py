@@ -91,6 +91,7 @@ def _unsupported(context: TreeCacheBuildContext) -> dict[str, bool]:
         "pipeline parallelism": getattr(args, "pp_size", 1) > 1,
         "data parallelism": getattr(args, "dp_size", 1) > 1,
         "disaggregated prefill": getattr(args, "disaggregation_mode", "null") not in (None, "null"),
+        "the KV canary (SGLang's checks its own cache class only)": getattr(args, "kv_canary", "none") != "none",
         "streaming sessions": bool(getattr(args, "enable_streaming_session", False)),
     }  # fmt: skip
 
