@@ -80,7 +80,7 @@ lint: $(STAMP)  ## check style and format
 type: $(STAMP)  ## check types
 	@$(BIN)/mypy
 
-results: $(STAMP) $(SGLANG_STAMP)  ## measure anew what the README's tables show; MORE names the trajectories
+results: $(STAMP) $(SGLANG_STAMP)  ## measure anew what the README's tables show; MORE names the trajectories, LABELLED labelled threads
 	@test -n '$(MORE)' || { echo "name the file of 100 tau-bench trajectories: make results MORE=FILE"; exit 2; }
 	@rm -rf runs/results && $(BIN)/kv-retract bench edit --repeats 9 --out runs/results/bench-edit.json
 	@$(call REPLAY,$(MORE),runs/results/replay)
@@ -92,6 +92,8 @@ results: $(STAMP) $(SGLANG_STAMP)  ## measure anew what the README's tables show
 	@$(call EVAL,erasers,--split train $(IN_DOMAIN) --arm recompute --arm kveraser --n $(MANY_TRACES) $(LENGTHS),erasers-default)
 	@$(call EVAL,erasers,--task documents --n $(DOCUMENTS) --length 512 --length 1024,erasers-documents)
 	@$(call EVAL,repeated,--edits 1 --edits 4 --edits 16 --n 4,repeated) && cp runs/results/repeated/repeated.svg evals/results/repeated/
+	@$(BIN)/kv-retract eval policies $(foreach file,$(LABELLED),--labelled $(file)) --out runs/results/policies
+	@cp runs/results/policies/metrics.json evals/results/policies/
 	@LD_PRELOAD=$(TCMALLOC) $(BIN)/kv-retract bench latency $(LATENCY) --out runs/results/latency.json
 	@$(BIN)/kv-retract bench shared --out runs/results/shared.json
 	@$(BIN)/kv-retract bench sglang --venv $(SGLANG_VENV) --repeats 5 --out runs/results/sglang.json

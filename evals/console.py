@@ -87,6 +87,16 @@ def print_reference(metrics: Mapping[str, Any], console: Console) -> None:
     console.print(table)
 
 
+def print_policies(metrics: Mapping[str, Any], console: Console) -> None:
+    """Print how often each policy is right, by where the labels come from."""
+    shares, counts = ("recall", "precision", "exact"), ("threads", "labels", "proposals")
+    table = _table("policy", "source", *counts, *shares)
+    for row in metrics["rows"]:
+        figures = [f"{number(row[name])} ± {number(row[f'{name}_se'])}" for name in shares]
+        table.add_row(Text(row["policy"]), row["source"], *(str(row[name]) for name in counts), *figures)
+    console.print(table)
+
+
 def print_erasers(metrics: Mapping[str, Any], console: Console) -> None:
     """Print every arm by length, and what can be got back."""
     config = metrics["config"]

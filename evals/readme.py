@@ -56,6 +56,9 @@ def _table(name: str, results: Path) -> str:
         raise TableError(f"table {name!r} needs {file!r} in {str(results)!r}: {error!r}; see `make results`") from error
 
 
+_SHARES = ("recall", "precision", "exact")
+
+
 def _bench_edit(data: Mapping[str, Any]) -> str:
     lines = [
         "| eraser | edit, ms (median) | of `recompute` | next step, ms |",
@@ -159,6 +162,18 @@ def _pooled(rows: Sequence[Mapping[str, Any]], column: str, **chosen: Any) -> st
     return f"{mean:.2f} ± {sum((r['n'] * e) ** 2 for r, e in zip(parts, errors, strict=True)) ** 0.5 / n:.2f}"
 
 
+def _policies(data: Mapping[str, Any]) -> str:
+    """Return how often policies are right."""
+    lines = ["| policy | labels of | threads | to find | found | right | exact |", "|---|---|---|---|---|---|---|"]
+    for row in data["rows"]:
+        shares = " | ".join(f"{number(row[name])} ± {number(row[f'{name}_se'])}" for name in _SHARES)
+        counts = f"{row['threads']} | {row['labels']}"
+        lines.append(f"| `{row['policy']}` | {row['source']} | {counts} | {shares} |")
+    columns = data["config"]["columns"]
+    lines += ["", f"Found: {columns['recall']}. Right: {columns['precision']}. Exact: {columns['exact']}.", ""]
+    return "\n".join(lines)
+
+
 TABLES: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "bench-edit": ("bench-edit.json", _bench_edit),
     "replay": ("replay-tau-bench/metrics.json", _replay),
@@ -170,6 +185,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "erasers-documents": ("erasers-documents/metrics.json", erasers_table),
     "extraction": ("erasers/metrics.json", extraction_table),
     "latency": ("latency.json", latency_table),
+    "policies": ("policies/metrics.json", _policies),
     "repeated": ("repeated/metrics.json", repeated_table),
     "shared": ("shared.json", shared_table),
     "sglang": ("sglang.json", sglang_table),

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from .errors import ColdTombstoneError, ThreadBusyError
 from .ledger.ledger import Ledger, MemoryLedger, SqliteLedger, standing
 from .ledger.render import Renderer
 from .planner import Planner
-from .policies.base import PolicyContext, RetractionPolicy, ask
+from .policies.asking import Asker, OnFailure, PolicyFailure
+from .policies.base import PolicyContext, RetractionPolicy
 from .thread import ThreadView, Tools, default_notice, view_thread
 from .types import (
     EraseResult,
@@ -48,6 +50,9 @@ class KVRetractSession:
         renderer: knows the tokenizer and its chat template.
         eraser: how steered edits are made: a registered name or an instance.
         policies: asked before every step, in order.
+        policy_deadline_s: what a policy does not find in so many seconds waits for a later step. None: no deadline.
+        on_policy_failure: `raise` the error of a policy that fails, or `skip` what it would have found; either is told
+            by `policy_failures`.
         planner: decides what is done with their proposals.
         ledger: where retractions are kept; in memory by default. A path opens an SQLite file.
         extra_key: namespace of the threads in the prefix cache; sessions with different ones share nothing.
@@ -61,6 +66,8 @@ class KVRetractSession:
         *,
         eraser: str | Eraser = "mask",
         policies: Sequence[RetractionPolicy] = (),
+        policy_deadline_s: float | None = None,
+        on_policy_failure: OnFailure = "raise",
         planner: Planner | None = None,
         ledger: Ledger | str | Path | None = None,
         extra_key: str = "",
@@ -69,6 +76,8 @@ class KVRetractSession:
         self.engine, self.renderer = engine, renderer
         self.eraser = ERASERS.create(eraser) if isinstance(eraser, str) else eraser
         self.policies = tuple(policies)
+        self._asker = Asker(deadline_s=policy_deadline_s, on_failure=on_policy_failure)
+        self._failures: dict[str, tuple[PolicyFailure, ...]] = {}
         self.planner = planner or Planner()
         self.ledger = SqliteLedger(ledger) if isinstance(ledger, str | Path) else ledger or MemoryLedger()
         self.extra_key, self.notify = extra_key, notify
@@ -169,15 +178,19 @@ class KVRetractSession:
 
         Raises:
             SpanError: a proposal of the caller's names a place that is not there.
-            PolicyError: a policy failed.
+            PolicyError: a policy failed, and `on_policy_failure` is `raise`.
             ThreadBusyError: the thread is streaming an answer and there is something to retract.
         """
         with self._lock:
             view = self._view(thread_id, messages, tools)
             known = standing(self.ledger.records(thread_id), messages)
             if proposals is None:
-                context = PolicyContext(thread_id=thread_id, messages=messages, records=view.records)
-                proposals = [proposal for policy in self.policies for proposal in ask(policy, context)]
+                context = PolicyContext(
+                    thread_id=thread_id, messages=messages, records=view.records, now=datetime.now(UTC)
+                )
+                proposals, failures = self._asker.ask(self.policies, context)
+                self._failures.pop(thread_id, None)
+                self._failures.update({thread_id: failures} if failures else {})
             plan = self.planner.plan(
                 [self._with_notice(p, messages) for p in proposals],
                 thread_id=thread_id,
@@ -210,6 +223,10 @@ class KVRetractSession:
             return self._view(thread_id, messages, tools, add_generation_prompt).key
 
     # -- state ------------------------------------------------------------------------------------------------------
+
+    def policy_failures(self, thread_id: str) -> tuple[PolicyFailure, ...]:
+        """Return which policies gave nothing before the newest step of a thread, because they were late or failed."""
+        return self._failures.get(thread_id, ())
 
     def history(self, thread_id: str) -> list[RetractionRecord]:
         """Return what was retracted in a thread, in order, and why."""

@@ -44,6 +44,7 @@ bench.command("sglang")(measure.bench_sglang)
 evaluate.command("reference")(measure.eval_reference)
 evaluate.command("erasers")(measure.eval_erasers)
 evaluate.command("repeated")(measure.eval_repeated)
+evaluate.command("policies")(measure.eval_policies)
 train.command("reference")(make.train_reference)
 train.command("eraser")(make.train_eraser)
 

@@ -238,6 +238,38 @@ def eval_erasers(
     _show(lambda tick: run(settings, progress=tick), "traces", print_erasers, as_json)
 
 
+def eval_policies(
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for results, which must be new. Default: runs/policies-TIME.")
+    ] = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option("--policy", "-p", help="Policy, also with parameters; repeatable. Default: all with labels."),
+    ] = None,
+    labelled: Annotated[
+        list[Path] | None, typer.Option(help="File of labelled threads, beside the corpus; repeatable.")
+    ] = None,
+    length: Annotated[
+        list[int] | None, typer.Option(help="Tokens of the corpus' threads; repeatable. Default: 256, 1024.")
+    ] = None,
+    n: Annotated[int, typer.Option("--n", min=1, help="Threads of the corpus per policy and length.")] = 50,
+    split: SplitOption = "test",
+    seed: FirstSeed = 0,
+    as_json: Json = False,
+) -> None:
+    """Compare what policies propose with what there is to find: recall, precision, exact spans."""
+    from ..evals.console import print_policies
+    from ..evals.policies import LENGTHS, PolicyEval
+    from ..evals.policies import eval_policies as run
+    from ..evals.specs import parse_specs
+
+    settings = PolicyEval(
+        out=out or Path("runs") / f"policies-{now()}", policies=tuple(parse_specs(policy or ())),
+        labelled=tuple(labelled or ()), lengths=tuple(length or LENGTHS), n=n, split=split, seed=seed,
+    )  # fmt: skip
+    _show(lambda tick: run(settings, progress=tick), "threads", print_policies, as_json)
+
+
 def eval_repeated(
     model: Model = "reference",
     out: Annotated[

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import ClassVar
 
 from ..errors import KVRetractError, PolicyError
@@ -24,6 +25,8 @@ class PolicyContext:
     """All messages of the thread, oldest first; not to be changed."""
     records: Sequence[RetractionRecord] = ()
     """Retractions that apply to these messages already; `span.message` is the index in `messages`."""
+    now: datetime | None = None
+    """When the step begins, UTC. None where a recorded thread is replayed and nobody knows."""
 
     def is_retracted(self, message: int) -> bool:
         """Whether the whole content of a message is taken back already."""

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -452,6 +453,40 @@ def test_policies_run_before_each_step_and_their_failures_surface(loaded, reques
         broken.propose = lambda ctx, wrong=wrong: wrong
         with pytest.raises(PolicyError, match=f"'broken' failed on thread 't'.*{name}"):
             session_on(loaded, request.node.name, policies=[broken]).step("t", thread())
+
+
+def test_a_policy_that_is_late_or_fails_does_not_hold_the_step_up(loaded, request):
+    go = threading.Event()
+
+    class Slow(RetractionPolicy):
+        name = "slow"
+
+        def propose(self, ctx):
+            assert ctx.now.tzinfo is not None
+            go.wait(30)
+            return [of_message(2, policy="slow")]
+
+    class Broken(RetractionPolicy):
+        name = "broken"
+
+        def propose(self, ctx):
+            raise KeyError("oops")
+
+    class Quick(RetractionPolicy):
+        name = "quick"
+
+        def propose(self, ctx):
+            return [of_message(2, policy="quick")]
+
+    session = session_on(
+        loaded, request.node.name, policies=[Slow(), Broken(), Quick()], policy_deadline_s=0.5,
+        on_policy_failure="skip",
+    )  # fmt: skip
+    plan = session.retract("t", thread())
+    go.set()
+    assert {span.record.policy for span in plan.spans} == {"quick"}
+    assert [(f.policy, f.kind) for f in session.policy_failures("t")] == [("slow", "late"), ("broken", "failed")]
+    assert session.policy_failures("another") == ()
 
 
 def test_a_span_outside_the_thread_is_refused_and_nothing_is_kept(loaded, request):
