@@ -99,6 +99,7 @@ def test_listings(listing):
     shown = " ".join(text.stdout.split())
     for part in parts:
         assert part["name"] in shown and part["summary"].split()[0] in shown
+        assert not [name for name in part["parameters"] if name.startswith("_")], "what nobody can pass"
 
 
 def test_parameters_are_told_with_their_defaults():

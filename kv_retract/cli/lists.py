@@ -57,7 +57,7 @@ def describe(registry: Registry[Any], *, hidden: set[str] = frozenset()) -> list
 
 def _parameters(factory: Callable[..., Any]) -> dict[str, str]:
     if dataclasses.is_dataclass(factory):
-        fields = dataclasses.fields(factory)
+        fields = [f for f in dataclasses.fields(factory) if f.init]
         made = {f.name: f.default_factory() for f in fields if f.default_factory is not dataclasses.MISSING}
         return {f.name: _default(made.get(f.name, f.default)) for f in fields}
     return {p.name: _default(p.default) for p in inspect.signature(factory).parameters.values()}
