@@ -82,6 +82,7 @@ type: $(STAMP)  ## check types
 
 results: $(STAMP) $(SGLANG_STAMP)  ## measure anew what the README's tables show; MORE names the trajectories, LABELLED labelled threads
 	@test -n '$(MORE)' || { echo "name the file of 100 tau-bench trajectories: make results MORE=FILE"; exit 2; }
+	@test -n '$(LABELLED)' || { echo "name the files of evals/agentdojo_traces.py: make results LABELLED='FILE FILE'"; exit 2; }
 	@rm -rf runs/results && $(BIN)/kv-retract bench edit --repeats 9 --out runs/results/bench-edit.json
 	@$(call REPLAY,$(MORE),runs/results/replay)
 	@cp runs/results/bench-edit.json evals/results/

@@ -99,7 +99,7 @@ def eval_policies(settings: PolicyEval, *, progress: Progress = silent) -> dict[
         UnknownNameError, SpecError: a policy cannot be made.
         PolicyError: a policy failed.
     """
-    specs = settings.policies or tuple(Spec(name) for name in CORPUS if name in POLICIES.names())
+    specs = settings.policies or tuple(map(Spec, CORPUS))
     policies = {spec.label: spec.create(POLICIES) for spec in specs}
     threads = [*_corpus_threads(settings, [spec.name for spec in specs])]
     threads += [thread for path in settings.labelled for thread in read_labelled(path)]

@@ -94,11 +94,13 @@ class Server:
         """Return the server's environment: this process's, and the plugin's configuration.
 
         Raises:
-            ServeError: a peer is no URL.
+            ServeError: a peer is no URL, or there is no such way to run adapters.
             EraserMismatchError: there is no eraser where one is named.
         """
         if wrong := [url for url in self.peers if not url.startswith(("http://", "https://"))]:
             raise ServeError(f"expected URLs of the other replicas, such as http://host:30000, got {wrong[0]!r}")
+        if self.adapters not in ("hooks", "lora"):
+            raise ServeError(f"expected adapters 'hooks' or 'lora', got {self.adapters!r}")
         folder = self._eraser_folder()
         if folder:
             read_eraser_config(Path(folder))

@@ -88,9 +88,7 @@ class RepeatedError(RetractionPolicy):
 
     def _retractions(self, result: ToolResult, count: int) -> list[Retraction]:
         reason = f"{result.name} failed {count} times alike; the {self.keep} error says it"
-        spans = [SpanRef(result.message)]
-        if self.include_call and result.call_message is not None:
-            spans.insert(0, SpanRef(result.call_message, "tool_call", result.call))
+        spans = result.spans(include_call=self.include_call)
         return [Retraction(span=span, policy=self.name, reason=reason, guarantee=self.guarantee) for span in spans]
 
 

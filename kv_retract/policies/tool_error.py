@@ -60,7 +60,5 @@ class ToolErrorRecovered(RetractionPolicy):
 
     def _retractions(self, failure: ToolResult, by: int) -> list[Retraction]:
         reason = f"{failure.name} failed; the call answered in message {by} succeeded"
-        spans = [SpanRef(failure.message)]
-        if self.include_call and failure.call_message is not None:
-            spans.insert(0, SpanRef(failure.call_message, "tool_call", failure.call))
+        spans = failure.spans(include_call=self.include_call)
         return [Retraction(span=span, policy=self.name, reason=reason, guarantee=self.guarantee) for span in spans]

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from ..errors import PolicyError
-from ..types import Message
+from ..types import Message, SpanRef
 
 DEFAULT_ERROR_PATTERN = (
     r"\s*(?:[Ee]rror\b|ERROR\b|\w*(?:Error|Exception):"
@@ -43,6 +43,13 @@ class ToolResult:
     """Which tool call of that message."""
     failed: bool
     """Whether the content says that the call failed."""
+
+    def spans(self, *, include_call: bool) -> list[SpanRef]:
+        """Return the place of the result, behind that of its call where asked for and known."""
+        own = SpanRef(self.message)
+        if not include_call or self.call_message is None:
+            return [own]
+        return [SpanRef(self.call_message, "tool_call", self.call), own]
 
 
 def tool_results(messages: Sequence[Message], error_pattern: str = DEFAULT_ERROR_PATTERN) -> list[ToolResult]:

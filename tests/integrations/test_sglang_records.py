@@ -202,3 +202,11 @@ def test_the_peers_of_a_server():
     assert given["peers"] == ["http://a:1"] and given["thread_header"] == "x-thread"
     with pytest.raises(ServeError, match="such as http://host:30000, got 'a:1'"):
         Server(peers=["http://b:1", "a:1"]).environment()
+
+
+def test_how_adapters_run():
+    assert json.loads(Server(eraser="blind", adapters="lora").environment()[VARIABLE])["adapters"] == "lora"
+    command = Server(eraser="blind", adapters="lora").command(has_gpu=False)
+    assert "--enable-lora" in command and command[command.index("--lora-target-modules") + 1] == "q_proj"
+    with pytest.raises(ServeError, match="'hooks' or 'lora', got 'peft'"):
+        Server(adapters="peft").environment()
