@@ -7,6 +7,7 @@ its arguments: a whole call is (-1, length).
 from __future__ import annotations
 
 import dataclasses
+import functools
 from bisect import insort
 from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Protocol, TypeAlias
 
 from .errors import SpanError
 from .spans import clip, subtract, union
-from .types import Dropped, Guarantee, Interval, Message, Retraction, RetractionRecord, Scope, SpanRef, Status
+from .types import Cascade, Dropped, Guarantee, Interval, Message, Retraction, RetractionRecord, Scope, SpanRef, Status
 
 _Part: TypeAlias = tuple[int, str, int]
 _COVERED = "already retracted"
@@ -211,6 +212,8 @@ def _join(group: Sequence[Retraction]) -> Retraction:
     exact = any(r.guarantee is Guarantee.EXACT for r in group)
     scopes = {r.scope or (Scope.THREAD if r.guarantee is Guarantee.EXACT else Scope.BRANCH) for r in group}
     notices = dict.fromkeys(r.notice for r in group if r.notice)
+    # What a policy found by itself stands by itself, whatever else a cascade would have brought.
+    origins = {r.derived_from for r in group}
     return Retraction(
         span=group[0].span,
         policy="+".join(dict.fromkeys(r.policy for r in group)),
@@ -219,4 +222,7 @@ def _join(group: Sequence[Retraction]) -> Retraction:
         scope=Scope.THREAD if Scope.THREAD in scopes else Scope.BRANCH,
         confidence=max(r.confidence for r in group),
         notice="\n".join(notices) or None,
+        cascade=functools.reduce(Cascade.wider, (r.cascade for r in group)),
+        verify=max(r.verify for r in group),
+        derived_from=group[0].derived_from if len(origins) == 1 else None,
     )

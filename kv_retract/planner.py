@@ -10,8 +10,8 @@ from datetime import UTC, datetime
 from .errors import SpanError
 from .ledger.ledger import record_for
 from .placing import Place, SupportsIntervals, drop, locate, merge, refuse, without_retracted
-from .spans import check_span
-from .types import Dropped, Guarantee, Message, PlannedSpan, Retraction, RetractionPlan, RetractionRecord
+from .spans import check_span, overlap
+from .types import Dropped, Guarantee, Hop, Message, PlannedSpan, Retraction, RetractionPlan, RetractionRecord, Status
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +63,7 @@ class Planner:
         records: Sequence[RetractionRecord],
         num_cached: int,
         eraser: EraserFacts,
+        hops: Sequence[Hop] = (),
         now: str | None = None,
     ) -> RetractionPlan:
         """Plan one step of one thread; changes nothing.
@@ -76,6 +77,7 @@ class Planner:
                 are vetoes: their policies cannot retract these characters again; `explicit` always may.
             num_cached: how many leading tokens of `rendering` are cached.
             eraser: the session's eraser.
+            hops: how proposals with `derived_from` were derived; the plan carries them on.
             now: ISO 8601 in UTC for the new records; by default the clock.
 
         Raises:
@@ -88,11 +90,12 @@ class Planner:
         places = locate(without_retracted(merged, messages, records, dropped), rendering, records, dropped)
         chosen = self._choose(places, num_cached, eraser, dropped)
         now = now or datetime.now(UTC).isoformat(timespec="seconds")
-        spans = tuple(_planned(place, messages, thread_id, eraser, now) for place in chosen)
+        spans = [_planned(place, messages, thread_id, eraser, now) for place in chosen]
         return RetractionPlan(
             thread_id=thread_id,
-            spans=spans,
+            spans=_linked(spans, chosen, records),
             dropped=tuple(dropped),
+            hops=tuple(hops),
             eraser_id=eraser.eraser_id,
             num_tokens=len(rendering.ids),
             num_cached_tokens=num_cached,
@@ -183,4 +186,25 @@ def _planned(place: Place, messages: Sequence[Message], thread_id: str, eraser: 
         now=now,
         span_tokens=place.end - place.start,
     )
-    return PlannedSpan(record=record, start=place.start, end=place.end, exact=exact, why_exact=place.why_exact)
+    return PlannedSpan(
+        record=record,
+        start=place.start,
+        end=place.end,
+        exact=exact,
+        why_exact=place.why_exact,
+        # Drawn from the id, so that a retry or another replica draws the same.
+        verify=not exact and int(record.retraction_id, 16) < place.retraction.verify * 16 ** len(record.retraction_id),
+    )
+
+
+def _linked(
+    spans: Sequence[PlannedSpan], places: Sequence[Place], records: Sequence[RetractionRecord]
+) -> tuple[PlannedSpan, ...]:
+    """Name in the record of a derived span the retraction that it came with: of this plan, or made earlier."""
+    known = [*(span.record for span in spans), *(r for r in records if r.status is not Status.REVOKED)]
+    linked = []
+    for span, place in zip(spans, places, strict=True):
+        origin = place.retraction.derived_from
+        found = next((r.retraction_id for r in known if origin is not None and overlap(r.span, origin)), None)
+        linked.append(dataclasses.replace(span, record=dataclasses.replace(span.record, derived_from=found)))
+    return tuple(linked)

@@ -8,27 +8,29 @@ shown to the engine with its retractions applied (DESIGN D1), so whatever is los
 
 from __future__ import annotations
 
-import threading
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from .answer import stream_answer
+from .bookkeeping import Bookkeeper
 from .cache.base import ThreadKey
 from .edits import apply_plan, facts_of
 from .engine.base import Engine, LogitsProcessor
 from .erasers import ERASERS, Eraser
-from .errors import ColdTombstoneError, ThreadBusyError
+from .errors import ColdTombstoneError
+from .events import Erased, Observer, Observers, PoliciesFailed
+from .healing import Healer, Healing
 from .ledger.ledger import Ledger, MemoryLedger, SqliteLedger, standing
+from .ledger.lineage import Lineage
 from .ledger.render import Renderer
 from .planner import Planner
 from .policies.asking import Asker, OnFailure, PolicyFailure
 from .policies.base import PolicyContext, RetractionPolicy
-from .thread import ThreadView, Tools, default_notice, view_thread
+from .policies.supervised import approvals_in
+from .thread import ThreadView, Tools, view_thread, with_notice
+from .threads import ThreadTable
 from .types import (
     EraseResult,
     Message,
@@ -39,7 +41,9 @@ from .types import (
     Status,
     StepDelta,
     StepResult,
+    Waiting,
 )
+from .watch import StepWatch
 
 
 class KVRetractSession:
@@ -57,6 +61,11 @@ class KVRetractSession:
         ledger: where retractions are kept; in memory by default. A path opens an SQLite file.
         extra_key: namespace of the threads in the prefix cache; sessions with different ones share nothing.
         notify: append a short notice whenever something is withdrawn (`Retraction.notice`, DESIGN D9).
+        lineage: how it is found what was derived from a span, for policies with a `cascade`.
+        healing: make steered threads exact while they are idle. None: only the edits that a policy's `verify` draws.
+        observers: told what happens: audit log, traces, metrics.
+
+    A context manager: leaving it stops healing and closes the observers, and the ledger where it was given as a path.
     """
 
     def __init__(
@@ -72,6 +81,9 @@ class KVRetractSession:
         ledger: Ledger | str | Path | None = None,
         extra_key: str = "",
         notify: bool = False,
+        lineage: Lineage | None = None,
+        healing: Healing | None = None,
+        observers: Sequence[Observer] = (),
     ) -> None:
         self.engine, self.renderer = engine, renderer
         self.eraser = ERASERS.create(eraser) if isinstance(eraser, str) else eraser
@@ -80,10 +92,17 @@ class KVRetractSession:
         self._failures: dict[str, tuple[PolicyFailure, ...]] = {}
         self.planner = planner or Planner()
         self.ledger = SqliteLedger(ledger) if isinstance(ledger, str | Path) else ledger or MemoryLedger()
+        self._owns_ledger = isinstance(ledger, str | Path)
         self.extra_key, self.notify = extra_key, notify
-        self._lock = threading.RLock()
-        self._streams: Counter[str] = Counter()
+        self.lineage = lineage or Lineage()
+        self._observers = Observers(tuple(observers))
+        self._threads = ThreadTable()
+        self._books = Bookkeeper(self.ledger, self._observers, self._threads)
         self._last_erase: dict[str, EraseResult] = {}
+        self.healer = Healer(
+            healing or Healing(every_thread=False),
+            engine, self._books, self._threads, self._view, self._observers.tell,
+        )  # fmt: skip
 
     @classmethod
     def from_pretrained(
@@ -152,17 +171,38 @@ class KVRetractSession:
         logits_processor: LogitsProcessor | None = None,
     ) -> Iterator[StepDelta]:
         """As `step`, in pieces. Closing the iterator stops decoding."""
-        plan = self.retract(thread_id, messages, tools=tools)
-        with self._streaming(thread_id):
-            while True:
-                with self._lock:
-                    view = self._view(thread_id, messages, tools)
-                    self._persist_cold(thread_id, view)
-                try:
-                    yield from stream_answer(self.engine, self.renderer, view, plan, sampling, logits_processor)
-                    return
-                except ColdTombstoneError:
-                    continue  # another thread needed the room in between: now the span is left out
+        watch = StepWatch(thread_id, self.engine.spec.name)
+        try:
+            with self._threads.step():
+                plan = self.retract(thread_id, messages, tools=tools)
+                watch.retracted()
+                with self._threads.streaming(thread_id):
+                    for delta in self._answer(thread_id, messages, tools, plan, sampling, logits_processor):
+                        watch.saw(delta)
+                        if delta.result is not None:
+                            self._threads.remember(thread_id, messages, tools, delta.result.message)
+                        yield delta
+        except Exception as error:
+            watch.failed(error)
+            raise
+        finally:
+            self._offer(thread_id)
+            self._observers.tell(watch.event())
+
+    def plan(
+        self,
+        thread_id: str,
+        messages: Sequence[Message],
+        *,
+        tools: Tools | None = None,
+        proposals: Sequence[Retraction] | None = None,
+    ) -> RetractionPlan:
+        """Return what `retract` would do now, every hop of a cascade with its evidence; changes nothing.
+
+        Raises as `retract`, but for ThreadBusyError.
+        """
+        with self._threads.lock:
+            return self._plan(thread_id, messages, tools, proposals)[0]
 
     def retract(
         self,
@@ -171,44 +211,66 @@ class KVRetractSession:
         *,
         tools: Tools | None = None,
         proposals: Sequence[Retraction] | None = None,
+        actor: str | None = None,
     ) -> RetractionPlan:
         """Take back what the policies find (or `proposals`, given by the caller), before the next step.
 
         Idempotent: called again with the same messages it changes nothing.
+
+        Args:
+            thread_id: label of the thread.
+            messages: all of its messages.
+            tools: as in the step.
+            proposals: instead of asking the policies.
+            actor: who decided, for the audit log; by default `policy`, or `caller` where proposals are given.
 
         Raises:
             SpanError: a proposal of the caller's names a place that is not there.
             PolicyError: a policy failed, and `on_policy_failure` is `raise`.
             ThreadBusyError: the thread is streaming an answer and there is something to retract.
         """
-        with self._lock:
-            view = self._view(thread_id, messages, tools)
-            known = standing(self.ledger.records(thread_id), messages)
-            if proposals is None:
-                context = PolicyContext(
-                    thread_id=thread_id, messages=messages, records=view.records, now=datetime.now(UTC)
-                )
-                proposals, failures = self._asker.ask(self.policies, context)
-                self._failures.pop(thread_id, None)
-                self._failures.update({thread_id: failures} if failures else {})
-            plan = self.planner.plan(
-                [self._with_notice(p, messages) for p in proposals],
-                thread_id=thread_id,
-                messages=messages,
-                rendering=view.rendering,
-                records=known,
-                num_cached=view.token(view.cached),
-                eraser=facts_of(self.eraser),
-            )
-            self._last_erase.pop(thread_id, None)
-            if plan.spans:
-                if self._streams[thread_id]:
-                    raise ThreadBusyError(
-                        f"thread {thread_id!r} is streaming an answer; finish or close the stream, then retract"
-                    )
-                self._record(thread_id, plan, known)
-                self._erase(thread_id, view, plan)
-            return plan
+        with self._threads.step():
+            with self._threads.lock:
+                self._threads.remember(thread_id, messages, tools)  # stops a heal of what it read before
+                plan, view, known = self._plan(thread_id, messages, tools, proposals)
+                self._last_erase.pop(thread_id, None)
+                if not plan.spans:
+                    return plan
+                self._books.record(plan, messages, known, actor or ("policy" if proposals is None else "caller"))
+                self._erase(view, plan)
+            self._offer(thread_id, verify=any(span.verify for span in plan.spans))
+        return plan
+
+    def undo(self, thread_id: str, retraction_id: str, *, actor: str = "caller") -> tuple[RetractionRecord, ...]:
+        """Revoke a retraction, and what its cascade brought: the next step reads the originals again (DESIGN D12).
+
+        The policies that found it do not take the same characters back again. Works after a restart too, where the
+        ledger, or the checkpointed state, has the record. Undoing twice changes nothing.
+
+        Returns:
+            The records that were revoked now.
+
+        Raises:
+            LedgerError: the thread has no such retraction.
+            ThreadBusyError: the thread is streaming an answer.
+        """
+        with self._threads.lock:
+            return self._books.undo(thread_id, retraction_id, actor)
+
+    def waiting(
+        self, thread_id: str, messages: Sequence[Message], *, tools: Tools | None = None
+    ) -> tuple[Waiting, ...]:
+        """Return what policies under `require_approval` propose, is not approved yet, and would change something.
+
+        To approve: `retract(..., proposals=[w.proposal], actor=...)`.
+        """
+        with self._threads.lock:
+            context = self._context(thread_id, messages, self._view(thread_id, messages, tools))
+            proposed: dict[str, Retraction] = {}
+            for policy in approvals_in(self.policies):
+                proposed.update(policy.waiting(context))
+            plans = {id: self._plan(thread_id, messages, tools, [p])[0] for id, p in proposed.items()}
+        return tuple(Waiting(id=id, proposal=proposed[id], plan=plan) for id, plan in plans.items() if plan.spans)
 
     def key(
         self,
@@ -219,7 +281,7 @@ class KVRetractSession:
         add_generation_prompt: bool = True,
     ) -> ThreadKey:
         """Return what the engine would be asked for: the rendered thread with its retractions applied."""
-        with self._lock:
+        with self._threads.lock:
             return self._view(thread_id, messages, tools, add_generation_prompt).key
 
     # -- state ------------------------------------------------------------------------------------------------------
@@ -244,6 +306,19 @@ class KVRetractSession:
         """Merge retractions that were checkpointed elsewhere, as by the LangGraph middleware. Idempotent."""
         self.ledger.add(thread_id, records)
 
+    def close(self) -> None:
+        """See the class. Closing twice is harmless."""
+        self.healer.close()
+        self._observers.close()
+        if self._owns_ledger:
+            self.ledger.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     # -- parts of a step --------------------------------------------------------------------------------------------
 
     def _view(
@@ -259,41 +334,65 @@ class KVRetractSession:
             extra_key=self.extra_key,
         )
 
-    def _persist_cold(self, thread_id: str, view: ThreadView) -> None:
-        """A steered span that is no longer cached is about to be rebuilt exactly: say so in the ledger."""
-        known = {r.retraction_id: r.status for r in self.ledger.records(thread_id)}
-        flipped = {r.retraction_id: r.status for r in view.records if known[r.retraction_id] is not r.status}
-        if flipped:
-            self.ledger.set_status(thread_id, flipped)
+    def _context(self, thread_id: str, messages: Sequence[Message], view: ThreadView) -> PolicyContext:
+        return PolicyContext(thread_id=thread_id, messages=messages, records=view.records, now=datetime.now(UTC))
 
-    def _record(self, thread_id: str, plan: RetractionPlan, known: Sequence[RetractionRecord]) -> None:
-        records = {span.record.retraction_id: span.record for span in plan.spans}
-        self.ledger.add(thread_id, records.values())
-        # A record that was revoked and is made again keeps its id; adding it once more changes nothing.
-        revoked = [r.retraction_id for r in known if r.status is Status.REVOKED and r.retraction_id in records]
-        if revoked:
-            self.ledger.set_status(thread_id, {id: records[id].status for id in revoked})
+    def _plan(
+        self, thread_id: str, messages: Sequence[Message], tools: Tools | None, proposals: Sequence[Retraction] | None
+    ) -> tuple[RetractionPlan, ThreadView, Sequence[RetractionRecord]]:
+        view = self._view(thread_id, messages, tools)
+        known = standing(self.ledger.records(thread_id), messages)
+        if proposals is None:
+            proposals, failures = self._asker.ask(self.policies, self._context(thread_id, messages, view))
+            self._failures.pop(thread_id, None)
+            if failures:
+                self._failures[thread_id] = failures
+                self._observers.tell(PoliciesFailed(thread_id=thread_id, failures=failures))
+        derived = self.lineage.expand(proposals, messages, known, attention=None)
+        notify = self.notify or self.eraser.needs_notice
+        plan = self.planner.plan(
+            [with_notice(p, messages) if notify else p for p in derived.proposals],
+            thread_id=thread_id,
+            messages=messages,
+            rendering=view.rendering,
+            records=known,
+            num_cached=view.token(view.cached),
+            eraser=facts_of(self.eraser),
+            hops=derived.hops,
+        )
+        return plan, view, known
 
-    def _erase(self, thread_id: str, view: ThreadView, plan: RetractionPlan) -> None:
+    def _answer(
+        self,
+        thread_id: str,
+        messages: Sequence[Message],
+        tools: Tools | None,
+        plan: RetractionPlan,
+        sampling: SamplingParams,
+        logits_processor: LogitsProcessor | None,
+    ) -> Iterator[StepDelta]:
+        while True:
+            with self._threads.lock:
+                view = self._view(thread_id, messages, tools)
+                # A steered span that is no longer cached is about to be rebuilt exactly: say so in the ledger.
+                self._books.set_status(thread_id, {r.retraction_id: r.status for r in view.records}, "session", "cold")
+            try:
+                yield from stream_answer(self.engine, self.renderer, view, plan, sampling, logits_processor)
+                return
+            except ColdTombstoneError:
+                continue  # another thread needed the room in between: now the span is left out
+
+    def _erase(self, view: ThreadView, plan: RetractionPlan) -> None:
         erased = apply_plan(self.engine, self.eraser, view, plan)
-        self._last_erase[thread_id] = erased
-        steered = [s.record for s in plan.spans if not s.exact]
-        if erased.exact and steered:
-            self.ledger.set_status(thread_id, {record.retraction_id: Status.EXACT for record in steered})
+        self._last_erase[plan.thread_id] = erased
+        ids = tuple(span.record.retraction_id for span in plan.spans)
+        self._observers.tell(Erased(thread_id=plan.thread_id, retraction_ids=ids, result=erased))
+        steered = {span.record.retraction_id: Status.EXACT for span in plan.spans if not span.exact}
+        if erased.exact:
+            self._books.set_status(plan.thread_id, steered, "session", "no room")
 
-    def _with_notice(self, proposal: Retraction, messages: Sequence[Message]) -> Retraction:
-        if proposal.notice is not None or not (self.notify or self.eraser.needs_notice):
-            return proposal
-        return replace(proposal, notice=default_notice(proposal, messages))
-
-    @contextmanager
-    def _streaming(self, thread_id: str) -> Iterator[None]:
-        with self._lock:
-            self._streams[thread_id] += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._streams[thread_id] -= 1
-                if not self._streams[thread_id]:
-                    del self._streams[thread_id]
+    def _offer(self, thread_id: str, *, verify: bool = False) -> None:
+        """Hand a thread to the healer where something of it is steered and it may be healed."""
+        wanted = verify or self.healer.healing.every_thread or self.healer.wants(thread_id)
+        if wanted and any(r.status is Status.STEERED for r in self.ledger.records(thread_id)):
+            self.healer.offer(thread_id, first=verify)

@@ -41,6 +41,30 @@ def check_span(span: SpanRef, messages: Sequence[Message]) -> int:
     return length
 
 
+def overlap(one: SpanRef, other: SpanRef) -> bool:
+    """Whether two spans of the same messages share a character."""
+    if (one.message, one.part, one.call) != (other.message, other.part, other.call):
+        return False
+    starts, ends = (one.start, other.start), [span.end for span in (one, other) if span.end is not None]
+    return not ends or max(starts) < min(ends)
+
+
+def text_of(span: SpanRef, messages: Sequence[Message]) -> str:
+    """Return the characters of a span; of a whole tool call its name, a line end, and its arguments.
+
+    Raises:
+        SpanError: see `check_span`.
+    """
+    check_span(span, messages)
+    message = messages[span.message]
+    if span.part == "content":
+        return message.content[span.start : span.end]
+    call = message.tool_calls[span.call]
+    if span.start == 0 and span.end is None:
+        return f"{call.name}\n{call.arguments}"
+    return call.arguments[span.start : span.end]
+
+
 def subtract(interval: Interval, covered: Iterable[Interval]) -> list[Interval]:
     """Return what of `interval` is in none of `covered`, in order; empty pieces are left out."""
     start, end = interval

@@ -101,12 +101,15 @@ def view_thread(
         applied = tuple(replace(r, status=Status.EXACT) if r.retraction_id in cold else r for r in applied)
 
 
-def default_notice(proposal: Retraction, messages: Sequence[Message]) -> str:
-    """Say what was withdrawn and why, without repeating it (DESIGN D9)."""
+def with_notice(proposal: Retraction, messages: Sequence[Message]) -> Retraction:
+    """Let a proposal say what was withdrawn and why, without repeating it (DESIGN D9), unless it says so already."""
+    if proposal.notice is not None:
+        return proposal
     at = proposal.span.message
     role = messages[at].role if 0 <= at < len(messages) else "earlier"
     what = f"the result of {messages[at].name or 'a tool'}" if role == "tool" else f"an earlier {role} message"
-    return f"[Notice: {what} has been withdrawn and must not be used any more. Reason: {proposal.reason}]"
+    notice = f"[Notice: {what} has been withdrawn and must not be used any more. Reason: {proposal.reason}]"
+    return replace(proposal, notice=notice)
 
 
 def _edit(record: RetractionRecord, start: int, end: int) -> KeyEdit:

@@ -41,6 +41,22 @@ class Scope(StrEnum):
     """Wherever a message equal to the span's stands in this thread, also in forks from before."""
 
 
+class Cascade(StrEnum):
+    """What else goes when a span is taken back (DESIGN D8)."""
+
+    NONE = "none"
+    """The span only."""
+    QUOTED = "quoted"
+    """Also what repeats its rare values or its words: in later assistant messages and in the calls made with them."""
+    LINEAGE = "lineage"
+    """Also the results of those calls, and whatever was derived from these in turn."""
+
+    def wider(self, other: Cascade) -> Cascade:
+        """Return the wider of the two."""
+        order = list(Cascade)
+        return max(self, other, key=order.index)
+
+
 class Status(StrEnum):
     """State of one retraction in one thread."""
 
@@ -109,6 +125,33 @@ class TokenSpan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """Why a span counts as derived from another: two places that belong together. Never holds text."""
+
+    kind: Literal["value", "words", "call_id", "attention"]
+    """A rare value that both hold, a run of words that both hold, a call and its result, or attention of the model."""
+    source: SpanRef
+    """Where it stands in the source."""
+    target: SpanRef
+    """Where it stands in what was derived."""
+    weight: float
+    """Characters of the value, number of words, 1 for a call's id, or the share of attention (0 to 1)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hop:
+    """One step of a lineage: `target` was derived from `source`."""
+
+    kind: Literal["quote", "call", "result"]
+    """An assistant message that repeats it, a tool call made with it, or the result of such a call."""
+    source: SpanRef
+    target: SpanRef
+    """What is taken back with the source."""
+    evidence: tuple[Evidence, ...]
+    """At least one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Retraction:
     """What a policy proposes: take this span back."""
 
@@ -125,6 +168,12 @@ class Retraction:
     notice: str | None = None
     """Text that tells the model what was withdrawn (DESIGN D9); appended to the newest message of that moment, with
     scope `THREAD` to the span's own message."""
+    cascade: Cascade = Cascade.NONE
+    """What else goes with it."""
+    verify: float = 0.0
+    """Share of such retractions (0 to 1) whose steered edit is compared with exact recomputation in the background."""
+    derived_from: SpanRef | None = None
+    """The retracted span from which this one was derived, where a cascade brought it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,6 +207,8 @@ class RetractionRecord:
     """ISO 8601, UTC."""
     span_tokens: int = 0
     """Length of the span when it was planned."""
+    derived_from: str | None = None
+    """`retraction_id` of the retraction whose cascade brought this one; undoing that one undoes this one."""
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-able dictionary; `from_json` inverts it."""
@@ -193,6 +244,8 @@ class PlannedSpan:
     """Whether the suffix is recomputed; else the session's eraser edits the cache."""
     why_exact: str = ""
     """guarantee | short suffix | follows an exact span | not cached | ''."""
+    verify: bool = False
+    """Whether the steered edit was drawn to be compared with exact recomputation (`Retraction.verify`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,6 +265,8 @@ class RetractionPlan:
     spans: tuple[PlannedSpan, ...] = ()
     """In token order; they do not overlap."""
     dropped: tuple[Dropped, ...] = ()
+    hops: tuple[Hop, ...] = ()
+    """How the spans that a cascade brought were derived, nearest first; each has its evidence."""
     eraser_id: str = ""
     num_tokens: int = 0
     """Length of the rendered thread."""
@@ -221,6 +276,17 @@ class RetractionPlan:
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-able dictionary."""
         return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Waiting:
+    """A proposal that waits for approval (policy `require_approval`)."""
+
+    id: str
+    """Names the proposal by its content: holds after older messages are pruned."""
+    proposal: Retraction
+    plan: RetractionPlan
+    """What would be done if it were approved now, with every hop of its cascade."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,6 +304,18 @@ class EraseResult:
     slots_freed: int = 0
     edit_ms: float = 0.0
     exact: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Divergence:
+    """How far the steered cache was from the exact one, on tokens that followed (DESIGN D5)."""
+
+    kl: float
+    """Mean KL(exact || steered) of the next-token distributions, in nats."""
+    top1: float
+    """Share of positions at which both have the same most likely token."""
+    positions: int
+    """How many positions were compared."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,16 +7,17 @@ it computes: logits, keys and values, slots.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol, cast
 
 import numpy as np
 
 from ..cache.base import EditView, ThreadKey
 from ..cache.keys import is_tombstone
 from ..errors import SpanError
-from ..types import EraseResult, Interval, SamplingParams
+from ..types import Divergence, EraseResult, Interval, SamplingParams
 
 if TYPE_CHECKING:
     import torch
@@ -150,6 +151,28 @@ class Engine(ABC):
         """
         return self.drop(key, start)
 
+    def prefill(self, key: ThreadKey) -> int:
+        """Bring a whole key into the cache without an answer; return how many tokens went through the model.
+
+        Raises as `generate`. An engine without a way of its own decodes one token, and throws it away.
+        """
+        tokens = self.generate(key, SamplingParams(max_tokens=1))
+        with closing(cast(Generator[GeneratedToken, None, None], tokens)):
+            return len(key) - next(tokens).num_cached_tokens
+
+    def divergence(self, exact: ThreadKey, steered: ThreadKey, num_last: int) -> Divergence | None:
+        """Compare the next-token distributions after the last `num_last` entries of two cached keys.
+
+        Args:
+            exact: the thread without its retracted spans.
+            steered: the same thread with tombstones; the last `num_last` entries of both are the same tokens.
+            num_last: at least 1.
+
+        Returns:
+            None where the engine does not show distributions, or one of the keys is not cached any more.
+        """
+        return None
+
 
 class LocalEngine(Engine):
     """An engine in this process: what the conformance kit, evaluations and experiments look into."""
@@ -165,6 +188,21 @@ class LocalEngine(Engine):
             PoolExhaustedError: the thread does not fit.
             ValueError: the key is empty or longer than the model's positions.
         """
+
+    def prefill(self, key: ThreadKey) -> int:
+        """See the base class."""
+        return self.extend(key).num_prefilled_tokens if self.cached(key) < len(key) else 0
+
+    def divergence(self, exact: ThreadKey, steered: ThreadKey, num_last: int) -> Divergence | None:
+        """See the base class; on logits in float32."""
+        for key in (exact, steered):
+            if self.cached(key) < len(key) - num_last:
+                return None
+        wanted = self.extend(exact, num_last=num_last).logits.log_softmax(-1)
+        got = self.extend(steered, num_last=num_last).logits.log_softmax(-1)
+        kl = (wanted.exp() * (wanted - got)).sum(-1).mean()
+        top1 = (wanted.argmax(-1) == got.argmax(-1)).float().mean()
+        return Divergence(kl=max(0.0, float(kl)), top1=float(top1), positions=num_last)
 
     @abstractmethod
     def read_kv(self, key: ThreadKey, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import ClassVar
 
 from ..errors import KVRetractError, PolicyError
 from ..registry import Registry
-from ..types import Message, Retraction, RetractionRecord
+from ..types import Cascade, Message, Retraction, RetractionRecord
 
 POLICIES: Registry[RetractionPolicy] = Registry("policy", "kv_retract.policies")
 register_policy = POLICIES.register
@@ -46,9 +46,33 @@ class RetractionPolicy(ABC):
 
     name: ClassVar[str]
 
+    cascade: Cascade = Cascade.NONE
+    """What else goes with every span that it finds (DESIGN D8): `none`, `quoted` or `lineage`."""
+    verify: float = 0.0
+    """Share of its steered edits, from 0 to 1, that are compared with exact recomputation in the background."""
+
     @abstractmethod
     def propose(self, ctx: PolicyContext) -> list[Retraction]:
         """Return the spans to take back; empty where there is nothing."""
+
+    def proposals(self, ctx: PolicyContext) -> list[Retraction]:
+        """Return what `propose` does, with `cascade` and `verify` of this policy where they ask for more.
+
+        Raises:
+            ValueError: `cascade` or `verify` is none that is known.
+        """
+        cascade = Cascade(self.cascade)
+        if not 0 <= self.verify <= 1:
+            raise ValueError(f"expected verify from 0 to 1, got {self.verify!r}")
+        found = self.propose(ctx)
+        if cascade is Cascade.NONE and not self.verify:
+            return found
+        return [
+            replace(r, cascade=cascade.wider(r.cascade), verify=max(self.verify, r.verify))
+            if isinstance(r, Retraction)
+            else r
+            for r in found
+        ]
 
 
 def ask(policy: RetractionPolicy, ctx: PolicyContext) -> list[Retraction]:
@@ -60,7 +84,7 @@ def ask(policy: RetractionPolicy, ctx: PolicyContext) -> list[Retraction]:
     """
     where = f"policy {policy.name!r} failed on thread {ctx.thread_id!r} ({len(ctx.messages)} messages)"
     try:
-        proposals = list(policy.propose(ctx))
+        proposals = list(policy.proposals(ctx))
     except KVRetractError:
         raise
     except Exception as error:

@@ -26,7 +26,7 @@ class AnyOf(WrapperOfMany):
 
     def propose(self, ctx: PolicyContext) -> list[Retraction]:
         """Return the proposals in the order of the policies, each span once."""
-        return _once(r for policy in self.inner() for r in policy.propose(ctx))
+        return _once(r for policy in self.inner() for r in policy.proposals(ctx))
 
 
 @register_policy("all_of")
@@ -45,9 +45,9 @@ class AllOf(WrapperOfMany):
     def propose(self, ctx: PolicyContext) -> list[Retraction]:
         """Return those of the first policy's proposals that the others confirm."""
         first, *others = self.inner()
-        found = _once(first.propose(ctx))
+        found = _once(first.proposals(ctx))
         for policy in others:
-            overlaps = Overlaps(policy.propose(ctx), ctx.messages)
+            overlaps = Overlaps(policy.proposals(ctx), ctx.messages)
             found = [_confirmed(r, by) for r in found if (by := overlaps.of(r))]
         return found
 
@@ -70,7 +70,7 @@ class MinConfidence(WrapperOfOne):
 
     def propose(self, ctx: PolicyContext) -> list[Retraction]:
         """Return the proposals with at least this confidence."""
-        return [r for policy in self.inner() for r in policy.propose(ctx) if r.confidence >= self.at_least]
+        return [r for policy in self.inner() for r in policy.proposals(ctx) if r.confidence >= self.at_least]
 
 
 @register_policy("cooldown")
@@ -108,7 +108,7 @@ class Cooldown(WrapperOfOne):
                 room -= 1
         known = {record.span for record in ctx.records}
         passed = []
-        for retraction in policy.propose(ctx):
+        for retraction in policy.proposals(ctx):
             if retraction.span not in known:
                 if room <= 0:
                     continue
@@ -122,16 +122,22 @@ def _once(proposals: Iterable[Retraction]) -> list[Retraction]:
     for new in proposals:
         old = best.setdefault(new.span, new)
         stronger = old.guarantee.stronger(new.guarantee) is not old.guarantee
-        best[new.span] = replace(new if stronger else old, confidence=max(old.confidence, new.confidence))
+        best[new.span] = replace(
+            new if stronger else old,
+            confidence=max(old.confidence, new.confidence),
+            cascade=old.cascade.wider(new.cascade),
+            verify=max(old.verify, new.verify),
+        )
     return list(best.values())
 
 
 def _confirmed(retraction: Retraction, by: Sequence[Retraction]) -> Retraction:
-    guarantee = retraction.guarantee
+    guarantee, cascade = retraction.guarantee, retraction.cascade
     for other in by:
-        guarantee = guarantee.stronger(other.guarantee)
+        guarantee, cascade = guarantee.stronger(other.guarantee), cascade.wider(other.cascade)
     confidence = min(retraction.confidence, max(other.confidence for other in by))
-    return replace(retraction, guarantee=guarantee, confidence=confidence)
+    verify = max(retraction.verify, *(other.verify for other in by))
+    return replace(retraction, guarantee=guarantee, confidence=confidence, cascade=cascade, verify=verify)
 
 
 def _first_message(messages: Sequence[Message], steps: int) -> int:

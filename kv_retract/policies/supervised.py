@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 from ..errors import PolicyError
 from ..types import Retraction
-from .base import PolicyContext, register_policy
+from .base import PolicyContext, RetractionPolicy, register_policy
 from .overlaps import proposal_id
-from .wrapping import WrapperOfOne
+from .wrapping import PolicyWrapper, WrapperOfOne
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class DryRun(WrapperOfOne):
     def propose(self, ctx: PolicyContext) -> list[Retraction]:
         """Return nothing."""
         for policy in self.inner():
-            for retraction in policy.propose(ctx):
+            for retraction in policy.proposals(ctx):
                 id = proposal_id(retraction, ctx.messages)
                 log.info(
                     "dry run: thread %r, proposal %s of policy %r at %r",
@@ -83,9 +83,18 @@ class RequireApproval(WrapperOfOne):
     def _asked(self, ctx: PolicyContext) -> Iterator[tuple[str, Retraction, bool]]:
         ids = None if callable(self.approved) else frozenset(self.approved)
         for policy in self.inner():
-            for retraction in policy.propose(ctx):
+            for retraction in policy.proposals(ctx):
                 id = proposal_id(retraction, ctx.messages)
                 if ids is not None:
                     yield id, retraction, id in ids
                 elif callable(self.approved):
                     yield id, retraction, bool(self.approved(ctx.thread_id, retraction))
+
+
+def approvals_in(policies: Iterable[RetractionPolicy]) -> Iterator[RequireApproval]:
+    """Return the policies that wait for approval, also inside of wrappers."""
+    for policy in policies:
+        if isinstance(policy, RequireApproval):
+            yield policy
+        elif isinstance(policy, PolicyWrapper):
+            yield from approvals_in(policy.inner())

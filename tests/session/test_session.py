@@ -592,7 +592,7 @@ def test_a_steered_span_that_is_evicted_just_before_decoding_is_left_out(loaded,
 
     def view_then_evict(*args):
         view = view_of(*args)
-        if not evicted and session._streams["t"]:  # as another thread does that needs the room
+        if not evicted and session._threads.is_streaming("t"):  # as another thread does that needs the room
             evicted.append(session.engine.drop(view.key, 0))
         return view
 
