@@ -75,6 +75,8 @@ class _Task:
     retraction_ids: tuple[str, ...]
     first: int
     """Entry of the first steered span."""
+    shared: bool
+    """Whether other threads share one of the edits."""
     after: int
     """How many entries of `exact` lie behind its last edit."""
     answer: int
@@ -285,6 +287,7 @@ class Healer:
             exact=exact,
             retraction_ids=tuple(dict.fromkeys(edit.retraction_id for edit in steered)),
             first=view.entry(steered[0].start),
+            shared=any(edit.shared for edit in steered),
             after=num_tokens - view.edits[-1].end,
             answer=num_tokens - min(answers, default=num_tokens),
         )
@@ -311,7 +314,7 @@ class Healer:
             ids = tuple(
                 r.retraction_id for r in self._books.set_status(task.thread_id, exact, "healer", "healed", measured)
             )
-            self._engine.drop(task.steered, task.first)
+        self._forget(task)
         waited = time.monotonic() - since
         self._tell(
             Healed(
@@ -332,8 +335,16 @@ class Healer:
         exact, steered = (key.cut(len(key) - behind) for key in (task.exact, task.steered))
         try:
             return self._engine.divergence(exact, steered, positions)
-        except (PoolExhaustedError, ColdTombstoneError):
+        except PoolExhaustedError:
             return None
+
+    def _forget(self, task: _Task) -> None:
+        """Give the steered path back, with answers that hang off it, unless other threads share the edit."""
+        forget = self._engine.drop if task.shared else self._engine.purge
+        try:
+            forget(task.steered, task.first)
+        except KVRetractError as error:  # a server is busy with it: it is left to eviction
+            log.info("a healed thread's steered path stays cached: %s", type(error).__name__)
 
     def _drop(self, task: _Task) -> None:
         with self._work:

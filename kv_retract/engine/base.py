@@ -16,7 +16,7 @@ import numpy as np
 
 from ..cache.base import EditView, ThreadKey
 from ..cache.keys import is_tombstone
-from ..errors import SpanError
+from ..errors import ColdTombstoneError, SpanError
 from ..types import Divergence, EraseResult, Interval, SamplingParams
 
 if TYPE_CHECKING:
@@ -195,11 +195,10 @@ class LocalEngine(Engine):
 
     def divergence(self, exact: ThreadKey, steered: ThreadKey, num_last: int) -> Divergence | None:
         """See the base class; on logits in float32."""
-        for key in (exact, steered):
-            if self.cached(key) < len(key) - num_last:
-                return None
-        wanted = self.extend(exact, num_last=num_last).logits.log_softmax(-1)
-        got = self.extend(steered, num_last=num_last).logits.log_softmax(-1)
+        try:
+            wanted, got = (self.extend(k, num_last=num_last).logits.log_softmax(-1) for k in (exact, steered))
+        except ColdTombstoneError:
+            return None
         kl = (wanted.exp() * (wanted - got)).sum(-1).mean()
         top1 = (wanted.argmax(-1) == got.argmax(-1)).float().mean()
         return Divergence(kl=max(0.0, float(kl)), top1=float(top1), positions=num_last)
