@@ -7,6 +7,7 @@ a special token stays plain text where it comes from a message or a tool, so tha
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +26,9 @@ from .tool_calls import TOOL_CALL_FORMATS, ToolCallFormat, format_for_template
 __all__ = ["Renderer", "Rendering"]
 
 Tools = Sequence[Mapping[str, Any]]
+
+_KEPT = 16
+"""Newest renderings that a renderer keeps."""
 
 
 class Renderer:
@@ -65,6 +69,7 @@ class Renderer:
             if tool_call_format
             else format_for_template(str(tokenizer.chat_template))
         )
+        self._recent: deque[tuple[Any, Rendering]] = deque(maxlen=_KEPT)
         self._silent = {i for text, i in self._specials.items() if text not in self.tool_calls.keep}
         self.stop_token_ids: tuple[int, ...] = self._stop_token_ids()
         """Ids that end an assistant turn: the end-of-text token, and what the template writes behind an answer."""
@@ -77,7 +82,7 @@ class Renderer:
         notices: Mapping[int, str] | None = None,
         add_generation_prompt: bool = True,
     ) -> Rendering:
-        """Render messages to token ids. Linear in the length of the thread.
+        """Render messages to token ids. Linear in the length of the thread; asked for the same again, it is at hand.
 
         Args:
             messages: the thread, oldest first; at least one.
@@ -88,7 +93,23 @@ class Renderer:
         Raises:
             MessageError: there is no message, a text is not valid Unicode, or the template refuses the messages.
         """
-        notices = notices or {}
+        messages, notices = tuple(messages), dict(notices or {})  # the caller's may grow; places are found later
+        # A step asks for the same rendering several times: to plan, and again to answer. Lengths tell most others apart.
+        asked = (len(messages), add_generation_prompt, messages, notices, json.dumps(tools, default=str))
+        for known, rendering in tuple(self._recent):
+            if known == asked:
+                return rendering
+        rendering = self._render(messages, tools, notices, add_generation_prompt)
+        self._recent.append((asked, rendering))
+        return rendering
+
+    def _render(
+        self,
+        messages: tuple[Message, ...],
+        tools: Tools | None,
+        notices: Mapping[int, str],
+        add_generation_prompt: bool,
+    ) -> Rendering:
         _check(messages, tools, notices)
         nonce = _nonce(messages, tools, notices)
         guard = Guard(list(self._specials), f"{nonce}g")
@@ -102,8 +123,8 @@ class Renderer:
             return guard.join(self._apply(plain[: message + 1], given, False))
 
         apply = partial(self._apply, tools=given, add_generation_prompt=add_generation_prompt)
-        places = _places(text, source, apply, Marks(f"{nonce}m"))
-        return Rendering(tuple(messages), text, encode(self.tokenizer, pieces), places, text_up_to)
+        find_places = partial(_places, text, source, apply, Marks(f"{nonce}m"))
+        return Rendering(messages, text, encode(self.tokenizer, pieces), find_places, text_up_to)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids without special tokens, those aside with which models write tool calls."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -22,10 +23,15 @@ class Rendering:
     text: str
     """The rendered template; the ids are its tokens."""
     encoding: Encoding
-    places: Mapping[Place, Located]
-    """What could be located, or is certainly left out. The template rewrites what is missing here."""
+    find_places: Callable[[], Mapping[Place, Located]]
+    """Renders once more, with marks."""
     text_up_to: Callable[[int], str]
     """Renders the messages up to an index, that one included."""
+
+    @cached_property
+    def places(self) -> Mapping[Place, Located]:
+        """What could be located, or is certainly left out. The template rewrites what is missing here."""
+        return self.find_places()
 
     @property
     def ids(self) -> IntArray:

@@ -255,3 +255,18 @@ def test_a_tokenizer_that_cannot_serve_is_refused(renderers):
 
     with pytest.raises(ValueError, match="character offsets, got 'FakeSlowTokenizer'"):
         Renderer(FakeSlowTokenizer())
+
+
+def test_a_rendering_is_kept_for_those_who_ask_again_and_does_not_follow_a_list_that_grows(renderers):
+    renderer = renderers["chatml"]
+    messages = [Message("user", "What does item 5 cost?"), Message("assistant", "Item 5 costs 185.")]
+    rendering = renderer.render(messages)
+    assert renderer.render(list(messages)) is rendering
+    assert renderer.render(messages, add_generation_prompt=False) is not rendering
+    assert renderer.render(messages, notices={0: "n"}) is not rendering
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+    with_tools = renderer.render(messages, tools=tools)
+    tools[0]["function"]["name"] = "see"
+    assert renderer.render(messages, tools=tools).text != with_tools.text
+    messages.append(Message("user", "And item 6?"))
+    assert rendering.interval(SpanRef(1))[0] < rendering.interval(SpanRef(1))[1] <= len(rendering.ids)
