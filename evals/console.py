@@ -151,6 +151,21 @@ def print_shared(document: Mapping[str, Any], console: Console) -> None:
     console.print(table)
 
 
+def print_heal(document: Mapping[str, Any], console: Console) -> None:
+    """Print the next token by arm, what healing took and changed, and the overhead of a session."""
+    table = _table("tokens", "off, ms", "on", "busy", "healed, ms", "tokens", "KL steered", "KL healed, most")
+    for row in document["rows"]:
+        ratio, cells = row["ratio"], ("healed_ms", "healed_tokens", "kl_steered", "kl_healed_max")
+        first = (number(row["first_token_ms"]["off"]), *(f"{ratio[arm]:.3f}x" for arm in ("on", "busy")))
+        table.add_row(str(row["context"]), *first, *(number(row[cell]) for cell in cells))
+    console.print(table)
+    cost = document["overhead"]
+    console.print(
+        f"An ordinary step at {cost['tokens']} tokens: {number(cost['bare_ms'])} ms without a session, "
+        f"{number(cost['overhead_ms'])} ms more with one."
+    )
+
+
 def print_sglang(document: Mapping[str, Any], console: Console) -> None:
     """Print the next step after a withdrawal by length and arm, and what ordinary traffic pays."""
     table = _table("tokens", "arm", "first token, ms", "withdrawal, ms", "times as fast as plain")

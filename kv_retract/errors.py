@@ -71,6 +71,10 @@ class LedgerError(KVRetractError, ValueError):
     """A ledger file is corrupt, unreadable or of another version."""
 
 
+class AuditError(KVRetractError, ValueError):
+    """An audit log was changed, is corrupt or of another version, or cannot be read or written."""
+
+
 class TraceError(KVRetractError, ValueError):
     """A trace, or one line of it, cannot be read."""
 

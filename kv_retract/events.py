@@ -22,7 +22,8 @@ Why: TypeAlias = Literal["undone", "redone", "healed", "cold", "no room"]
 lost, and the span is left out now; the edit had no room, and the span is left out."""
 
 
-def _now() -> str:
+def now() -> str:
+    """Return the time as ISO 8601, UTC, to the millisecond."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
@@ -31,7 +32,7 @@ class Event:
     """Something happened to a thread."""
 
     thread_id: str
-    at: str = field(default_factory=_now)
+    at: str = field(default_factory=now)
     """ISO 8601, UTC, by the clock of this process; clocks may step, so the order of events is that of the calls."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
-from .events import Stepped
+from .events import Stepped, now
 from .types import StepDelta
 
 
@@ -41,7 +41,7 @@ class StepWatch:
 
     def event(self) -> Stepped:
         """Return the event, as of now."""
-        return replace(self._event, total_ms=self._ms())
+        return replace(self._event, total_ms=self._ms(), at=now())
 
     def _ms(self) -> float:
         return (time.perf_counter() - self._began) * 1e3

@@ -17,7 +17,8 @@ LEAVES = {"types", "errors", "registry"}
 TEXT = {"spans", "placing", "ledger", "trace", "policies", "planner"}
 TENSORS = {"cache", "erasers", "engine", "kernels", "reference"}
 STEP = {
-    "session", "thread", "threads", "bookkeeping", "streaming", "answer", "edits", "events", "watch", "healing", "audit"
+    "session", "thread", "threads", "bookkeeping", "streaming", "answer", "edits", "events", "watch", "healing",
+    "audit", "logs", "attention",
 }  # fmt: skip
 LIBRARY = LEAVES | TEXT | TENSORS | STEP
 
@@ -50,7 +51,7 @@ evals, and only evals and the command line may import training and integrations.
 EXCEPTIONS: dict[str, set[str]] = {}
 """Single files that may import more than their part; say why."""
 
-TORCH_FREE = LEAVES | TEXT | {"__init__", "cli", "events", "audit"}
+TORCH_FREE = LEAVES | TEXT | {"__init__", "cli", "events", "audit", "logs"}
 """Parts that load without torch: an import under TYPE_CHECKING or inside of a function does not count."""
 HEAVY = {
     "torch",
@@ -60,6 +61,8 @@ HEAVY = {
     "langchain_core",
     "langgraph",
     "sglang",
+    "opentelemetry",
+    "prometheus_client",
     "matplotlib",
     "scipy",
 }
@@ -67,7 +70,9 @@ HEAVY = {
 FRAMEWORKS = {
     "langchain": {"langchain", "langchain_core", "langgraph"},
     "langgraph": {"langgraph", "langchain_core"},
-    "sglang": {"sglang"},
+    "opentelemetry": {"opentelemetry"},
+    "prometheus": {"prometheus_client"},
+    "sglang": {"sglang", "prometheus_client"},
 }
 """Folder of integrations -> the framework it may import; LangChain's agents are LangGraph graphs."""
 

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from ..errors import KVRetractError
-from . import lists, make, measure
+from . import audit, lists, make, measure
 from .serve import serve
 
 _INTERRUPTED = 130
@@ -37,9 +37,11 @@ app.command()(make.corpus)
 app.command(context_settings={"allow_extra_args": True})(serve)
 for group, name in ((bench, "bench"), (evaluate, "eval"), (train, "train")):
     app.add_typer(group, name=name)
+app.add_typer(audit.app, name="audit")
 bench.command("edit")(measure.bench_edit)
 bench.command("latency")(measure.bench_latency)
 bench.command("shared")(measure.bench_shared)
+bench.command("heal")(measure.bench_heal)
 bench.command("sglang")(measure.bench_sglang)
 evaluate.command("reference")(measure.eval_reference)
 evaluate.command("erasers")(measure.eval_erasers)

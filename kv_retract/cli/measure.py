@@ -314,6 +314,31 @@ def demo(model: Model = "reference", device: Device = "cpu", dtype: DtypeOption 
     tell(run_story(loaded, engine), loaded.quality_note, console())
 
 
+def bench_heal(
+    context: Annotated[
+        list[int] | None, typer.Option(min=128, help="Tokens of the thread; repeatable. Default: 1024, 4096.")
+    ] = None,
+    eraser: Annotated[str, typer.Option(help="Eraser of the steered edits.")] = "kveraser",
+    model: Model = "reference",
+    repeats: Repeats = 15,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: DtypeOption = Dtype.FLOAT32,
+    out: Document = None,
+    as_json: Json = False,
+) -> None:
+    """Time the next token with healing and without, its divergence, and what a session costs an ordinary step."""
+    from ..evals.console import print_heal
+    from ..evals.heal import HealBench
+    from ..evals.heal import bench_heal as run
+
+    contexts = {"contexts": tuple(context)} if context else {}
+    settings = HealBench(
+        model=model, eraser=eraser, repeats=repeats, seed=seed, device=device, dtype=dtype.value, **contexts
+    )
+    _bench(lambda tick: run(settings, progress=tick), print_heal, out, as_json)
+
+
 def bench_sglang(
     venv: Annotated[Path, typer.Option(help="Environment with SGLang and kv-retract.")] = Path(".venv-sglang"),
     length: Annotated[

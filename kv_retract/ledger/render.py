@@ -94,7 +94,7 @@ class Renderer:
             MessageError: there is no message, a text is not valid Unicode, or the template refuses the messages.
         """
         messages, notices = tuple(messages), dict(notices or {})  # the caller's may grow; places are found later
-        # A step asks for the same rendering several times: to plan, and again to answer. Lengths tell most others apart.
+        # A step asks for the same twice: to plan, and to answer. Lengths tell most others apart.
         asked = (len(messages), add_generation_prompt, messages, notices, json.dumps(tools, default=str))
         for known, rendering in tuple(self._recent):
             if known == asked:
