@@ -21,6 +21,7 @@ REPLAY = $(BIN)/kv-retract replay $(1) --policy tool_error --policy superseded \
 TRACES ?= 6
 MANY_TRACES ?= 16
 DOCUMENTS ?= 20
+CASCADES ?= 30
 LENGTHS := --length 256 --length 1024 --length 2048 --length 4096
 LATENCY ?= --context 1024 --context 4096 --context 8192 --repeats 10
 # Where it is installed (Debian: libtcmalloc-minimal4). glibc gives a prefill's memory back while the edit is timed.
@@ -95,6 +96,8 @@ results: $(STAMP) $(SGLANG_STAMP)  ## measure anew what the README's tables show
 	@$(call EVAL,repeated,--edits 1 --edits 4 --edits 16 --n 4,repeated) && cp runs/results/repeated/repeated.svg evals/results/repeated/
 	@$(BIN)/kv-retract eval policies $(foreach file,$(LABELLED),--labelled $(file)) --out runs/results/policies
 	@cp runs/results/policies/metrics.json evals/results/policies/
+	@$(call EVAL,cascade,--n $(CASCADES),cascade)
+	@$(BIN)/kv-retract bench heal --out runs/results/heal.json && cp runs/results/heal.json evals/results/
 	@LD_PRELOAD=$(TCMALLOC) $(BIN)/kv-retract bench latency $(LATENCY) --out runs/results/latency.json
 	@$(BIN)/kv-retract bench shared --out runs/results/shared.json
 	@$(BIN)/kv-retract bench sglang --venv $(SGLANG_VENV) --repeats 5 --out runs/results/sglang.json

@@ -15,7 +15,7 @@ from kv_retract.cache.base import IntArray, ThreadKey
 from kv_retract.ledger.render import Renderer
 from kv_retract.planner import Planner
 from kv_retract.session import KVRetractSession
-from kv_retract.types import EraseResult, Guarantee, Message, Retraction, RetractionPlan
+from kv_retract.types import Cascade, EraseResult, Guarantee, Message, Retraction, RetractionPlan
 
 if TYPE_CHECKING:
     import torch
@@ -64,16 +64,22 @@ class AskedThread:
         return len(key)
 
     def retract(
-        self, span_ids: Sequence[str], guarantee: Guarantee = Guarantee.STEERED
+        self,
+        span_ids: Sequence[str],
+        guarantee: Guarantee = Guarantee.STEERED,
+        cascade: Cascade = Cascade.NONE,
     ) -> tuple[RetractionPlan, EraseResult]:
         """Retract spans together; return the plan, and what the edit did and cost."""
         proposals = [
-            Retraction(span=self.sample.span(i).ref, policy="explicit", reason="of the corpus", guarantee=guarantee)
+            Retraction(
+                span=self.sample.span(i).ref, policy="explicit", reason="of the corpus", guarantee=guarantee,
+                cascade=cascade,
+            )
             for i in span_ids
-        ]
+        ]  # fmt: skip
         plan = self._session.retract(THREAD, self.sample.messages, tools=self.sample.tools, proposals=proposals)
         erased = self._session.last_erase(THREAD)
-        assert erased is not None and len(plan.spans) == len(proposals), "spans are cached and the planner takes them"
+        assert erased is not None and len(plan.spans) >= len(proposals), "spans are cached and the planner takes them"
         return plan, erased
 
     def asked(self, question: str) -> ThreadKey:

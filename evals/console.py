@@ -151,6 +151,15 @@ def print_shared(document: Mapping[str, Any], console: Console) -> None:
     console.print(table)
 
 
+def print_cascade(metrics: Mapping[str, Any], console: Console) -> None:
+    """Print what is right and what is still given, by arm and cascade."""
+    names = ("n", "affected_accuracy", "leak", "unaffected_accuracy", "derived", "quote_found")
+    table = _table("arm", "cascade", *(name.replace("_", " ") for name in names))
+    for row in metrics["rows"]:
+        table.add_row(Text(row["arm"]), row["cascade"], *(number(row[name]) for name in names))
+    console.print(table)
+
+
 def print_heal(document: Mapping[str, Any], console: Console) -> None:
     """Print the next token by arm, what healing took and changed, and the overhead of a session."""
     table = _table("tokens", "off, ms", "on", "busy", "healed, ms", "tokens", "KL steered", "KL healed, most")

@@ -174,6 +174,51 @@ def _policies(data: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _heal(data: Mapping[str, Any]) -> str:
+    lines = [
+        "| tokens | next token, ms | with healing | while others heal | exact after, ms | KL steered | KL healed |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in data["rows"]:
+        on, busy = (f"{row['ratio'][arm]:.3f} times" for arm in ("on", "busy"))
+        cells = [number(row[name]) for name in ("healed_ms", "kl_steered", "kl_healed_max")]
+        first = number(row["first_token_ms"]["off"])
+        lines.append(f"| {row['context']} | {first} | {on} | {busy} | {' | '.join(cells)} |")
+    machine, cost = data["machine"], data["overhead"]
+    lines += [
+        "",
+        f"From the step in which a policy finds a span to its next token: medians of {data['rows'][0]['n']}, ratios "
+        f"pair by pair, arms interleaved. KL healed: the largest, from a fresh prefill without the span. Model "
+        f"`{data['model']}`, eraser `{data['eraser']}`, {machine['processor']} with {machine['threads']} threads. An "
+        f"ordinary step at {cost['tokens']} tokens ({cost['messages']} messages), with {len(cost['policies'])} "
+        f"policies, a ledger file and an audit log, takes {number(cost['overhead_ms'])} ms more than rendering and "
+        f"engine alone ({number(cost['bare_ms'])} ms).",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _cascade(data: Mapping[str, Any]) -> str:
+    lines = [
+        "| eraser | cascade | affected answers right | retracted answer still given | other answers right | found |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in data["rows"]:
+        cells = [
+            f"{number(row[name])} ± {number(row[f'{name}_se'])}"
+            for name in ("affected_accuracy", "leak", "unaffected_accuracy")
+        ]
+        lines.append(f"| `{row['arm']}` | `{row['cascade']}` | {' | '.join(cells)} | {number(row['quote_found'])} |")
+    config = data["config"]
+    tasks = ", ".join(f"`{task}`" for task in config["tasks"])
+    lines += [
+        "",
+        f"The agent has given the answer once before the span is taken back. Tasks {tasks}, {config['n']} traces per "
+        f"task and length ({', '.join(map(str, config['lengths']))} tokens), split `{config['split']}`; model "
+        f"`{config['model']}`. ± is one standard error. Found: share of traces in which the cascade brought it.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 TABLES: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "bench-edit": ("bench-edit.json", _bench_edit),
     "replay": ("replay-tau-bench/metrics.json", _replay),
@@ -184,6 +229,8 @@ TABLES: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "erasers-kinds": ("erasers/metrics.json", kinds_table),
     "erasers-documents": ("erasers-documents/metrics.json", erasers_table),
     "extraction": ("erasers/metrics.json", extraction_table),
+    "heal": ("heal.json", _heal),
+    "cascade": ("cascade/metrics.json", _cascade),
     "latency": ("latency.json", latency_table),
     "policies": ("policies/metrics.json", _policies),
     "repeated": ("repeated/metrics.json", repeated_table),

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from ..errors import KVRetractError
 from . import audit, lists, make, measure
+from . import evaluate as quality
 from .serve import serve
 
 _INTERRUPTED = 130
@@ -43,10 +44,11 @@ bench.command("latency")(measure.bench_latency)
 bench.command("shared")(measure.bench_shared)
 bench.command("heal")(measure.bench_heal)
 bench.command("sglang")(measure.bench_sglang)
-evaluate.command("reference")(measure.eval_reference)
-evaluate.command("erasers")(measure.eval_erasers)
-evaluate.command("repeated")(measure.eval_repeated)
-evaluate.command("policies")(measure.eval_policies)
+evaluate.command("reference")(quality.eval_reference)
+evaluate.command("erasers")(quality.eval_erasers)
+evaluate.command("repeated")(quality.eval_repeated)
+evaluate.command("policies")(quality.eval_policies)
+evaluate.command("cascade")(quality.eval_cascade)
 train.command("reference")(make.train_reference)
 train.command("eraser")(make.train_eraser)
 

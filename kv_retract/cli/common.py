@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -21,6 +21,10 @@ class Dtype(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
+Run = Callable[[Any], Any]
+"""Takes what a progress bar is told with; returns a JSON-able document."""
+Print = Callable[[Any, Any], None]
+"""Takes that document and a console."""
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, and nothing else.")]
 Device = Annotated[str, typer.Option(help="As torch names it: cpu, cuda, cuda:1.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Of weights and cache.")]
@@ -52,3 +56,15 @@ def console() -> Console:
 def now() -> str:
     """Return the time in UTC, for names of folders."""
     return datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+
+
+def show_document(run: Run, unit: str, show: Print, as_json: bool) -> None:
+    """Run something under a progress bar and print what it returns, as JSON or as `show` does."""
+    from ..evals.results import dump
+
+    with progress_bar(unit) as tick:
+        found = run(tick)
+    if as_json:
+        print(dump(found))
+    else:
+        show(found, console())

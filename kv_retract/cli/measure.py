@@ -1,14 +1,13 @@
-"""Commands that measure: replay recorded threads, time edits, ask a model."""
+"""Commands that time and tell: replay recorded threads, benchmarks, the demo."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .common import Device, Dtype, DtypeOption, Json, Model, Seed, SplitOption, console, now, progress_bar
+from .common import Device, Dtype, DtypeOption, Json, Model, Print, Run, Seed, console, now, progress_bar, show_document
 
 Traces = Annotated[
     list[Path],
@@ -31,14 +30,7 @@ Arms = Annotated[
     ),
 ]  # fmt: skip
 Document = Annotated[Path | None, typer.Option(help="Also write the JSON document to this new file.")]
-Workers = Annotated[int, typer.Option(min=1, help="Processes that share the work.")]
 Repeats = Annotated[int, typer.Option(min=1, help="Repetitions that count; the median is reported.")]
-Lengths = Annotated[list[int] | None, typer.Option(help="Tokens of the traces; repeatable. Default: 256, 1024, 2048.")]
-FirstSeed = Annotated[int, typer.Option(min=0, help="Of the first trace.")]
-_Run = Callable[[Any], Any]
-"""Takes what a progress bar is told with; returns a JSON-able document."""
-_Print = Callable[[Any, Any], None]
-"""Takes that document and a console."""
 ResultsFolder = Annotated[
     Path | None, typer.Option(help="Folder for results, which must be new. Default: runs/replay-TIME.")
 ]
@@ -177,132 +169,6 @@ def bench_shared(
     _bench(lambda tick: run(settings, progress=tick), print_shared, out, as_json)
 
 
-def eval_reference(
-    model: Model = "reference",
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for results, which must be new. Default: runs/eval-TIME.")
-    ] = None,
-    family: Annotated[list[str] | None, typer.Option(help="Task family; repeatable. Default: all.")] = None,
-    length: Lengths = None,
-    n: Annotated[int, typer.Option("--n", min=1, help="Traces per family and length.")] = 24,
-    workers: Workers = 1,
-    split: SplitOption = "test",
-    seed: FirstSeed = 0,
-    device: Device = "cpu",
-    dtype: DtypeOption = Dtype.FLOAT32,
-    as_json: Json = False,
-) -> None:
-    """Ask a chat model about traces of the corpus: does it read them, and does a stale cache leak?"""
-    from ..evals.console import print_reference
-    from ..evals.reference import LENGTHS, ReferenceEval
-    from ..evals.reference import eval_reference as run
-
-    out = out or Path("runs") / f"eval-{now()}"
-    settings = ReferenceEval(
-        out=out, model=model, families=tuple(family or ()), lengths=tuple(length or LENGTHS), n=n, split=split,
-        seed=seed, device=device, dtype=dtype.value, workers=workers,
-    )  # fmt: skip
-    _show(lambda tick: run(settings, progress=tick), "traces", print_reference, as_json)
-
-
-def eval_erasers(
-    model: Model = "reference",
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for results, which must be new. Default: runs/erasers-TIME.")
-    ] = None,
-    tasks: Annotated[list[str] | None, typer.Option("--task", help="Task family; repeatable. Default: all.")] = None,
-    length: Lengths = None,
-    arm: Annotated[
-        list[str] | None,
-        typer.Option("--arm", "-a", help="Eraser, also with parameters; repeatable. Default: all of the project's."),
-    ] = None,
-    n: Annotated[int, typer.Option("--n", min=1, help="Traces per task and length.")] = 12,
-    workers: Workers = 1,
-    split: SplitOption = "test",
-    seed: FirstSeed = 0,
-    device: Device = "cpu",
-    dtype: DtypeOption = Dtype.FLOAT32,
-    as_json: Json = False,
-) -> None:
-    """Compare erasers on the corpus: what is still given, what is lost, what an edit costs, what can be got back."""
-    from ..evals.console import print_erasers
-    from ..evals.erasers import ARMS, LENGTHS, EraserEval
-    from ..evals.erasers import eval_erasers as run
-    from ..evals.specs import parse_specs
-
-    settings = EraserEval(
-        out=out or Path("runs") / f"erasers-{now()}", model=model, tasks=tuple(tasks or ()),
-        lengths=tuple(length or LENGTHS), arms=tuple(parse_specs(arm)) if arm else ARMS, n=n, workers=workers,
-        split=split, seed=seed, device=device, dtype=dtype.value,
-    )  # fmt: skip
-    _show(lambda tick: run(settings, progress=tick), "traces", print_erasers, as_json)
-
-
-def eval_policies(
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for results, which must be new. Default: runs/policies-TIME.")
-    ] = None,
-    policy: Annotated[
-        list[str] | None,
-        typer.Option("--policy", "-p", help="Policy, also with parameters; repeatable. Default: all with labels."),
-    ] = None,
-    labelled: Annotated[
-        list[Path] | None, typer.Option(help="File of labelled threads, beside the corpus; repeatable.")
-    ] = None,
-    length: Annotated[
-        list[int] | None, typer.Option(help="Tokens of the corpus' threads; repeatable. Default: 256, 1024.")
-    ] = None,
-    n: Annotated[int, typer.Option("--n", min=1, help="Threads of the corpus per policy and length.")] = 50,
-    split: SplitOption = "test",
-    seed: FirstSeed = 0,
-    as_json: Json = False,
-) -> None:
-    """Compare what policies propose with what there is to find: recall, precision, exact spans."""
-    from ..evals.console import print_policies
-    from ..evals.policies import LENGTHS, PolicyEval
-    from ..evals.policies import eval_policies as run
-    from ..evals.specs import parse_specs
-
-    settings = PolicyEval(
-        out=out or Path("runs") / f"policies-{now()}", policies=tuple(parse_specs(policy or ())),
-        labelled=tuple(labelled or ()), lengths=tuple(length or LENGTHS), n=n, split=split, seed=seed,
-    )  # fmt: skip
-    _show(lambda tick: run(settings, progress=tick), "threads", print_policies, as_json)
-
-
-def eval_repeated(
-    model: Model = "reference",
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for results, which must be new. Default: runs/repeated-TIME.")
-    ] = None,
-    edits: Annotated[
-        list[int] | None, typer.Option(min=1, help="Retractions in a thread; repeatable. Default: 1, 4, 16, 64.")
-    ] = None,
-    arm: Annotated[
-        list[str] | None, typer.Option("--arm", "-a", help="Eraser; repeatable. Default: mask, recompute, kveraser.")
-    ] = None,
-    n: Annotated[int, typer.Option("--n", min=1, help="Threads per number of retractions.")] = 4,
-    workers: Workers = 1,
-    split: SplitOption = "test",
-    seed: Annotated[int, typer.Option(min=0, help="Of the first thread.")] = 0,
-    device: Device = "cpu",
-    dtype: DtypeOption = Dtype.FLOAT32,
-    as_json: Json = False,
-) -> None:
-    """Retract many facts of one thread, one after the other and at once, and see what is left of the others."""
-    from ..evals.console import print_repeated
-    from ..evals.repeated import ARMS, EDITS, RepeatedEval
-    from ..evals.repeated import eval_repeated as run
-    from ..evals.specs import parse_specs
-
-    settings = RepeatedEval(
-        out=out or Path("runs") / f"repeated-{now()}", model=model, edits=tuple(edits or EDITS), n=n,
-        arms=tuple(parse_specs(arm)) if arm else ARMS, split=split, seed=seed, device=device, dtype=dtype.value,
-        workers=workers,
-    )  # fmt: skip
-    _show(lambda tick: run(settings, progress=tick), "threads", print_repeated, as_json)
-
-
 def demo(model: Model = "reference", device: Device = "cpu", dtype: DtypeOption = Dtype.FLOAT32) -> None:
     """Tell one agent run: a tool result arrives, is contradicted, is retracted, and the next answer changes."""
     from ..engine.hf import HFEngine
@@ -363,7 +229,7 @@ def bench_sglang(
         _bench(lambda tick: run(settings, Path(logs), progress=tick), print_sglang, out, as_json)
 
 
-def _bench(run: _Run, show: _Print, out: Path | None, as_json: bool) -> None:
+def _bench(run: Run, show: Print, out: Path | None, as_json: bool) -> None:
     """Run a benchmark and write its document where it was asked for."""
     from ..evals.results import check_new, write_new_json
 
@@ -376,16 +242,4 @@ def _bench(run: _Run, show: _Print, out: Path | None, as_json: bool) -> None:
             write_new_json(out, document)
         return document
 
-    _show(run_and_write, "edits", show, as_json)
-
-
-def _show(run: _Run, unit: str, show: _Print, as_json: bool) -> None:
-    """Run something under a progress bar and print what it returns, as JSON or as `show` does."""
-    from ..evals.results import dump
-
-    with progress_bar(unit) as tick:
-        found = run(tick)
-    if as_json:
-        print(dump(found))
-    else:
-        show(found, console())
+    show_document(run_and_write, "edits", show, as_json)
