@@ -37,6 +37,32 @@ FACTS = {
         r"^after a restart: [1-9]\d* tokens left out, status exact$",
         r"^fork from before: 0 retractions apply$",
     ),
+    "05_approval_by_interrupt.py": (
+        r"^asked: may superseded take back message 2\? ",
+        r"^taken back before the answer: 0$",
+        r"^taken back after it: superseded, message 2, exact$",
+    ),
+    "06_undo_and_audit.py": (
+        r"^retracted: Your preferred hotel is Kel\.$",
+        r"^undone: Your preferred hotel is Tal\.$",
+        r"^audit 3: status_changes by alice$",
+        r"^the chain of 3 entries holds$",
+    ),
+    "07_injected_result_with_cascade.py": (
+        r"^hop: message 3 -> call in message 4 \(value\)$",
+        r"^hop: message 3 -> quote in message 6 \(value\)$",
+        r"^hop: message 4 -> result in message 5 \(call_id\)$",
+        r"^spans of the plan: 4, nothing applied yet: True$",
+        r"^the account is still read: False$",
+        r"^the bill is still read: True$",
+    ),
+    "08_a_secret_is_erased.py": (
+        r"^secret: \d+ tokens, guarantee exact, status exact$",
+        r"^the key is still read: False$",
+        r"^the bucket is still read: True$",
+        r"^states that had read it are gone: True$",
+        r"^as if it had never been there: True$",
+    ),
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import AsyncIterator, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import Any, Self
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel, LanguageModelInput, ModelProfile
@@ -20,6 +20,7 @@ from kv_retract.engine.constraint import CallSyntax, ConstraintCompiler
 from kv_retract.session import KVRetractSession
 from kv_retract.types import Message, SamplingParams, StepDelta, StepResult
 
+from .approval import retract_approved
 from .messages import to_ai_message, to_messages
 from .streaming import AnswerStream, in_thread
 from .structured import Method, structured_output
@@ -29,7 +30,7 @@ from .tools import Tool, constraint_for, normalize_choice, schema_of, to_openai_
 _SETTINGS = {
     "temperature", "max_tokens", "top_p", "top_k", "seed", "thread_id",
     "tools", "tool_choice", "parallel_tool_calls", "response_format", "strict",
-    "model", "stream",
+    "model", "stream", "retract_approved",
 }  # fmt: skip
 
 
@@ -58,6 +59,9 @@ class ChatKVRetract(BaseChatModel):
     Which thread of the session a call belongs to is decided by, in order: the setting `thread_id` of the call
     (`model.bind(thread_id=...)`), the field `thread_id`, and the config of the LangGraph run. A call without any runs
     in a throw-away thread: policies still see its messages, and the prefix cache is shared all the same.
+
+    The setting `retract_approved` (id of a proposal to who approved it) takes back what policies under
+    `require_approval` wait for; `KVRetractApprovalMiddleware` makes it.
 
     Tool choices other than `auto` and response formats are enforced while decoding, by a grammar. Where the model runs
     in an SGLang server they are refused by ConstraintError: the calls that it makes of its own accord (`auto`) work.
@@ -244,14 +248,15 @@ class ChatKVRetract(BaseChatModel):
         self, messages: Sequence[BaseMessage], stop: list[str] | None, settings: Mapping[str, Any]
     ) -> Generator[StepDelta, None, None]:
         call = self._call(messages, stop, settings)
-        deltas = self.session.stream(
+        approved = settings.get("retract_approved") or {}
+        retract_approved(self.session, call.thread_id, call.messages, approved, tools=call.tools)
+        yield from self.session.stream(
             call.thread_id,
             call.messages,
             tools=call.tools,
             sampling=call.sampling,
             logits_processor=call.constraint,
         )
-        return cast(Generator[StepDelta, None, None], deltas)
 
     def _call(self, messages: Sequence[BaseMessage], stop: list[str] | None, settings: Mapping[str, Any]) -> _Call:
         self._check_settings(settings)

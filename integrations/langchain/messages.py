@@ -30,9 +30,9 @@ _ROLES: dict[type[BaseMessage], Role] = {
     ToolMessage: "tool",
     FunctionMessage: "tool",
 }
-_CALL_BLOCKS = {"tool_use", "tool_call", "tool_call_chunk", "invalid_tool_call", "function_call"}
+CALL_BLOCKS = {"tool_use", "tool_call", "tool_call_chunk", "invalid_tool_call", "function_call"}
 """Blocks that repeat what stands in `AIMessage.tool_calls`."""
-_REASONING_BLOCKS = {"reasoning": "reasoning", "thinking": "thinking"}
+REASONING_BLOCKS = {"reasoning": "reasoning", "thinking": "thinking"}
 """Type of block to the field that holds its text."""
 
 
@@ -137,10 +137,10 @@ def _texts(message: BaseMessage, index: int) -> tuple[str, str]:
     reasoning: list[str] = []
     for block in message.content:
         kind = block.get("type") if isinstance(block, Mapping) else "text"
-        if isinstance(message, AIMessage) and kind in _CALL_BLOCKS:
+        if isinstance(message, AIMessage) and kind in CALL_BLOCKS:
             continue
-        if isinstance(message, AIMessage) and kind in _REASONING_BLOCKS and isinstance(block, Mapping):
-            reasoning.append(str(block.get(_REASONING_BLOCKS[kind]) or ""))
+        if isinstance(message, AIMessage) and kind in REASONING_BLOCKS and isinstance(block, Mapping):
+            reasoning.append(str(block.get(REASONING_BLOCKS[kind]) or ""))
         else:
             text.append(block)
     try:

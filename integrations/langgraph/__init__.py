@@ -1,6 +1,7 @@
-"""LangGraph: a node for hand-written graphs, and the session's thread for a run."""
+"""LangGraph: a node for hand-written graphs, the purging of older checkpoints, and the session's thread for a run."""
 
 from ..langchain.threads import current_thread, thread_of
+from .checkpoints import apurge_checkpoints, purge_checkpoints
 from .node import retract_step
 
-__all__ = ["current_thread", "retract_step", "thread_of"]
+__all__ = ["apurge_checkpoints", "current_thread", "purge_checkpoints", "retract_step", "thread_of"]

@@ -10,6 +10,7 @@ from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda
 
 from kv_retract.session import KVRetractSession
 
+from ..langchain.approval import approved_in, ask, merge_decisions, retract_approved
 from ..langchain.messages import to_messages
 from ..langchain.records import from_state, to_state
 from ..langchain.threads import thread_of
@@ -21,6 +22,8 @@ def retract_step(
     *,
     messages_key: str = "messages",
     records_key: str | None = None,
+    decisions_key: str | None = None,
+    show_text: bool = False,
     system_prompt: str | None = None,
     tools: Sequence[Tool] = (),
 ) -> Runnable[Any, dict[str, Any]]:
@@ -34,6 +37,10 @@ def retract_step(
         messages_key: where the state has its messages.
         records_key: where the state keeps the retraction records, a list of JSON objects. They are merged into the
             session before, and written after. None: the session's ledger is the only place.
+        decisions_key: where the state keeps what people decided about proposals of policies under `require_approval`, a
+            JSON object. Naming it makes the node ask, by an interrupt, as `KVRetractApprovalMiddleware` does. None:
+            what waits for approval goes on waiting.
+        show_text: show in the question the beginning of what would be taken back.
         system_prompt: what the model node puts before the messages, if it does. It has to be the same, since the
             cache of the thread begins with it.
         tools: what the model node binds, for the same reason.
@@ -42,7 +49,8 @@ def retract_step(
         A runnable, sync and async: state to state update.
 
     Raises:
-        ValueError: at run time, where the run has no `thread_id`, or the state no messages.
+        ValueError: at run time, where the run has no `thread_id`, the state no messages, or where an answer to the
+            interrupt is not understood.
     """
     first = [SystemMessage(system_prompt)] if system_prompt else []
     openai_tools = to_openai_tools(tools) or None
@@ -56,8 +64,17 @@ def retract_step(
             raise ValueError(f"retract_step expected messages under {messages_key!r} in the state; pass messages_key")
         if records_key is not None:
             session.restore(thread_id, from_state(_get(state, records_key)))
-        session.retract(thread_id, to_messages([*first, *messages]), tools=openai_tools)
-        return {} if records_key is None else {records_key: to_state(session.history(thread_id))}
+        neutral = to_messages([*first, *messages])
+        update: dict[str, Any] = {}
+        if decisions_key is not None:
+            made = _get(state, decisions_key) or {}
+            new = ask(session, thread_id, messages, made, before=first, tools=openai_tools, show_text=show_text)
+            update[decisions_key] = merge_decisions(made, new)
+            retract_approved(session, thread_id, neutral, approved_in(update[decisions_key]), tools=openai_tools)
+        session.retract(thread_id, neutral, tools=openai_tools)
+        if records_key is not None:
+            update[records_key] = to_state(session.history(thread_id))
+        return update
 
     # Called asynchronously, a lambda without a coroutine runs in a worker thread.
     return RunnableLambda(retract, name="retract")
