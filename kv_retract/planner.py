@@ -89,13 +89,18 @@ class Planner:
         merged = merge(admitted, messages, records, dropped)
         places = locate(without_retracted(merged, messages, records, dropped), rendering, records, dropped)
         chosen = self._choose(places, num_cached, eraser, dropped)
+        while orphans := _orphans(chosen, records):
+            dropped += [drop(place.retraction, "derived from a span that stays") for place in orphans]
+            places = [place for place in chosen if place not in orphans]
+            chosen = self._choose(places, num_cached, eraser, dropped)
         now = now or datetime.now(UTC).isoformat(timespec="seconds")
-        spans = [_planned(place, messages, thread_id, eraser, now) for place in chosen]
+        spans = _linked([_planned(place, messages, thread_id, eraser, now) for place in chosen], chosen, records)
+        gone = [*(span.record.span for span in spans), *(r.span for r in records)]
         return RetractionPlan(
             thread_id=thread_id,
-            spans=_linked(spans, chosen, records),
+            spans=spans,
             dropped=tuple(dropped),
-            hops=tuple(hops),
+            hops=tuple(hop for hop in hops if any(overlap(hop.target, span) for span in gone)),
             eraser_id=eraser.eraser_id,
             num_tokens=len(rendering.ids),
             num_cached_tokens=num_cached,
@@ -195,6 +200,14 @@ def _planned(place: Place, messages: Sequence[Message], thread_id: str, eraser: 
         # Drawn from the id, so that a retry or another replica draws the same.
         verify=not exact and int(record.retraction_id, 16) < place.retraction.verify * 16 ** len(record.retraction_id),
     )
+
+
+def _orphans(places: Sequence[Place], records: Sequence[RetractionRecord]) -> list[Place]:
+    """Return derived places of which nothing takes back what they were derived from: it was dropped."""
+    origins = [p.retraction.span for p in places if p.retraction.derived_from is None]
+    origins += [r.span for r in records if r.status is not Status.REVOKED]
+    derived = [(p, p.retraction.derived_from) for p in places]
+    return [p for p, origin in derived if origin is not None and not any(overlap(origin, span) for span in origins)]
 
 
 def _linked(

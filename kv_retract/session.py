@@ -351,7 +351,7 @@ class KVRetractSession:
         derived = self.lineage.expand(proposals, messages, known, attention=None)
         notify = self.notify or self.eraser.needs_notice
         plan = self.planner.plan(
-            [with_notice(p, messages) if notify else p for p in derived.proposals],
+            [with_notice(p, messages) if notify and p.derived_from is None else p for p in derived.proposals],
             thread_id=thread_id,
             messages=messages,
             rendering=view.rendering,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kv_retract.errors import SpanError
 from kv_retract.planner import EraserFacts, Planner
-from kv_retract.types import Guarantee, Message, Retraction, Scope, SpanRef, Status, ToolCall
+from kv_retract.types import Evidence, Guarantee, Hop, Message, Retraction, Scope, SpanRef, Status, ToolCall
 
 MASK = EraserFacts(eraser_id="mask")
 NOW = "2026-01-01T00:00:00+00:00"
@@ -389,3 +389,57 @@ def test_conservation_laws_of_a_plan(case, shuffle):
     assert all(not characters(messages, s.record.span) & planned for s in again.spans)
     taken = sorted([(s.start, s.end) for s in result.spans] + [(s.start, s.end) for s in again.spans])
     assert all(a[1] <= b[0] for a, b in pairwise(taken))
+
+
+def derived(span, root, **fields):
+    return retract(span, derived_from=root, **fields)
+
+
+HOP = Hop(
+    kind="quote", source=SpanRef(3), target=SpanRef(5),
+    evidence=(Evidence(kind="value", source=SpanRef(3), target=SpanRef(5), weight=7),),
+)  # fmt: skip
+
+
+def test_what_was_derived_names_the_retraction_that_it_came_with():
+    rendering = FakeRendering(THREAD)
+    result = Planner(exact_suffix=0).plan(
+        [retract(SpanRef(3)), derived(SpanRef(5), SpanRef(3))],
+        thread_id="t", messages=THREAD, rendering=rendering, records=(), num_cached=len(rendering.ids), eraser=MASK,
+        hops=[HOP],
+    )  # fmt: skip
+    root, quote = result.spans
+    assert root.record.derived_from is None and quote.record.derived_from == root.record.retraction_id
+    assert result.hops == (HOP,)
+
+
+@pytest.mark.parametrize(
+    ("root", "settings"), [(SpanRef(0), {}), (SpanRef(4), {}), (SpanRef(3), {"budget": 0})],
+    ids=["system", "newest user", "over budget"],
+)  # fmt: skip
+def test_what_was_derived_from_a_span_that_stays_stays(root, settings):
+    eraser = EraserFacts(eraser_id="e", recomputed=lambda p, s, x: s if s == 100 and p < 60 else 0)
+    result = plan([retract(root), derived(SpanRef(5), root)], eraser=eraser, exact_suffix=0, **settings)
+    assert result.spans == () and "derived from a span that stays" in whys(result)
+
+
+def test_a_derived_span_that_a_policy_found_itself_needs_no_root():
+    result = plan([retract(SpanRef(0)), derived(SpanRef(5), SpanRef(0)), retract(SpanRef(5), policy="q")])
+    assert spans(result) == [SpanRef(5)] and result.spans[0].record.derived_from is None
+
+
+def test_what_was_derived_from_a_span_that_is_retracted_already_names_its_record():
+    first = plan([retract(SpanRef(3))]).spans[0].record
+    result = plan([derived(SpanRef(5), SpanRef(3))], records=[first])
+    assert result.spans[0].record.derived_from == first.retraction_id
+
+
+def test_verification_is_drawn_by_the_retraction_and_only_for_steered_spans():
+    drawn = [
+        span.verify
+        for n in range(200)
+        for span in plan([retract(SpanRef(3, start=n), verify=0.25)], exact_suffix=0).spans
+    ]
+    assert 30 < sum(drawn) < 70
+    assert not plan([retract(SpanRef(3), guarantee=Guarantee.EXACT, verify=1.0)]).spans[0].verify
+    assert plan([retract(SpanRef(3), verify=1.0)], exact_suffix=0).spans[0].verify

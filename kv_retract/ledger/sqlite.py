@@ -54,8 +54,9 @@ class SqliteLedger(Ledger, ClosesAroundForks):
         path: the file; its folder must exist. Beside it SQLite keeps `-wal` and `-shm` files.
 
     Raises:
-        LedgerError: the file is corrupt, truncated, of a newer version, not a ledger, or cannot be read and written.
-            It is left as it is. Every method may raise it later, for the same reasons.
+        LedgerError: the file is corrupt, truncated, of a newer version, not a ledger, or cannot be read and written;
+            or it is gone, and its log of changes is still there. It is left as it is. Every method may raise it
+            later, for the same reasons; also where the file was removed, replaced or cut meanwhile.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -63,10 +64,10 @@ class SqliteLedger(Ledger, ClosesAroundForks):
         self._lock = threading.RLock()
         self._closed = False
         self._connection: sqlite3.Connection | None = None
+        self._opened: list[os.stat_result] = []
         close_around_forks(self)
         with self._lock, self._naming_the_file():
-            if not self.path.exists():
-                _create(self.path)
+            self._create_if_missing()
             self._check()
             self._connection = self._connect()
 
@@ -159,6 +160,7 @@ class SqliteLedger(Ledger, ClosesAroundForks):
                 raise LedgerError(f"ledger {str(self.path)!r} is closed; open a new SqliteLedger")
             if self._connection is None:
                 self._connection = self._connect()
+            self._check_in_place()
             yield self._connection
 
     @contextmanager
@@ -185,12 +187,50 @@ class SqliteLedger(Ledger, ClosesAroundForks):
             self._connection.close()
             self._connection = None
 
+    def _create_if_missing(self) -> None:
+        # Looked for first: another process that makes the ledger at this moment makes its log afterwards.
+        log = Path(f"{os.path.realpath(self.path)}-wal")
+        has_log = log.exists() and log.stat().st_size > 0
+        if self.path.exists():
+            return
+        if has_log:
+            raise LedgerError(
+                f"ledger {str(self.path)!r} is gone, but {log.name!r} holds changes of it; put the ledger back beside "
+                "it; moving both aside starts an empty ledger, which lets retracted text be read again"
+            )
+        _create(self.path)
+
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(
-            self.path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False, cached_statements=32
-        )
+            self._uri("rw"), uri=True, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False,
+            cached_statements=32,
+        )  # fmt: skip
         connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA journal_mode = WAL")  # a backup may have lost it; opens the log
+        self._opened = self._files()
         return connection
+
+    def _uri(self, mode: str) -> str:
+        return f"file:{quote(str(self.path.absolute()))}?mode={mode}"
+
+    def _files(self) -> list[os.stat_result]:
+        """Look at file and log; while a connection is open nobody has a reason to remove either, or to cut the file."""
+        path = os.path.realpath(self.path)
+        return [os.stat(path), os.stat(f"{path}-wal")]
+
+    def _check_in_place(self) -> None:
+        """Refuse to go on where another file stands in the place: what is written to the one that is open is lost."""
+        try:
+            files = self._files()
+        except FileNotFoundError:
+            files = []
+        same = [*map(_identity, files)] == [*map(_identity, self._opened)]
+        if not same or files[0].st_size < self._opened[0].st_size:
+            raise LedgerError(
+                f"ledger {str(self.path)!r} or its log of changes (-wal) was removed, replaced or cut while it was in "
+                f"use; put both back, or {_CORRUPT}"
+            )
+        self._opened = files
 
     def _check(self) -> None:
         """Refuse a file before anything may be written to it. Only SQLite may open it: see the class."""
@@ -198,8 +238,7 @@ class SqliteLedger(Ledger, ClosesAroundForks):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         if not (length := self.path.stat().st_size):
             raise LedgerError(f"ledger {str(self.path)!r} is empty; name another file, or {_CORRUPT}")
-        uri = f"file:{quote(str(self.path.absolute()))}?mode=ro"
-        with closing(sqlite3.connect(uri, uri=True, timeout=_BUSY_SECONDS, isolation_level=None)) as db:
+        with closing(sqlite3.connect(self._uri("ro"), uri=True, timeout=_BUSY_SECONDS, isolation_level=None)) as db:
             application = db.execute("PRAGMA application_id").fetchone()[0]
             page_size = db.execute("PRAGMA page_size").fetchone()[0]
             version = db.execute("PRAGMA user_version").fetchone()[0]
@@ -217,6 +256,10 @@ class SqliteLedger(Ledger, ClosesAroundForks):
                 )
             if (problem := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
                 raise LedgerError(f"ledger {str(self.path)!r} is corrupt: {problem}; {_CORRUPT}")
+
+
+def _identity(file: os.stat_result) -> tuple[int, int]:
+    return file.st_dev, file.st_ino
 
 
 def _create(path: Path) -> None:

@@ -9,7 +9,7 @@ from functools import cached_property
 from math import log
 from typing import NamedTuple
 
-from .sentences import Sentence, clauses, content_stem, content_words, sentences, words
+from ..ledger.sentences import Sentence, clauses, content_stem, content_words, sentences, words
 from .value_kinds import KIND_NOUNS, value_kinds
 
 _ASSERTS = re.compile(

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..errors import PolicyError
+from ..ledger.sentences import Sentence, content_words, sentences
 from ..types import Guarantee, Message, Retraction, SpanRef
 from .base import PolicyContext, RetractionPolicy, register_policy
 from .revocation_cues import Cue, Form, cues, hide_quotes, may_have_cues
-from .sentences import Sentence, content_words, sentences
 from .statements import LONGEST_SENTENCE, Match, Statement, Statements, asserts
 from .value_kinds import value_kinds
 

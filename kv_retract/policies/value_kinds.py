@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Final
 
-from .sentences import stem
+from ..ledger.sentences import stem
 
 _KINDS: Final[Mapping[str, tuple[str, str]]] = {
     "seat": (r"window|aisle|middle", "seat seating"),

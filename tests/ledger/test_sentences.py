@@ -1,7 +1,6 @@
 import pytest
 
-from kv_retract.policies.sentences import clauses, content_words, sentences, stem, words
-from kv_retract.policies.value_kinds import value_kinds
+from kv_retract.ledger.sentences import clauses, content_words, sentences, stem, words
 
 
 def parts(text):
@@ -81,20 +80,3 @@ def test_forms_of_a_word_have_one_stem(same):
 @pytest.mark.parametrize("word", ["gas", "bus", "ring", "red", "may", "b2b", "class"])
 def test_short_and_odd_words_stay_apart(word):
     assert stem(word) == word
-
-
-@pytest.mark.parametrize(
-    ("text", "kinds"),
-    [
-        ("a window seat", {"seat": {"window"}}),
-        ("on 12 May or Friday", {"day": {"12 may", "friday"}}),
-        ("May I?", {}),
-        ("at 3:30 pm", {"time": {"3:30 pm"}}),
-        ("for $1,200", {"money": {"$1,200"}}),
-        ("40 euros for two", {"money": {"40 euros"}, "number": {"two"}}),
-        ("a.b@x.org", {"email": {"a.b@x.org"}}),
-        ("the windows of 14C", {}),
-    ],
-)
-def test_kinds_of_values(text, kinds):
-    assert value_kinds(text) == kinds
