@@ -7,7 +7,10 @@ framework: models are loaded by `KVRetractSession.from_pretrained` and by the mo
 from .engine.base import Engine
 from .erasers import ERASERS, Eraser, register_eraser
 from .errors import KVRetractError
+from .events import Event, Observer
+from .healing import Healing
 from .ledger.ledger import Ledger, MemoryLedger, SqliteLedger
+from .ledger.lineage import Lineage
 from .ledger.messages import message_from_openai, message_to_openai
 from .ledger.render import Renderer
 from .planner import Planner
@@ -22,6 +25,8 @@ from .policies import (
 )
 from .session import KVRetractSession
 from .types import (
+    Cascade,
+    Divergence,
     EraseResult,
     Guarantee,
     Message,
@@ -35,6 +40,7 @@ from .types import (
     StepDelta,
     StepResult,
     ToolCall,
+    Waiting,
 )
 
 __version__ = "0.1.0"
@@ -42,16 +48,22 @@ __version__ = "0.1.0"
 __all__ = [
     "ERASERS",
     "POLICIES",
+    "Cascade",
+    "Divergence",
     "Engine",
     "EraseResult",
     "Eraser",
+    "Event",
     "Explicit",
     "Guarantee",
+    "Healing",
     "KVRetractError",
     "KVRetractSession",
     "Ledger",
+    "Lineage",
     "MemoryLedger",
     "Message",
+    "Observer",
     "Planner",
     "PolicyContext",
     "Renderer",
@@ -69,6 +81,7 @@ __all__ = [
     "SupersededToolResult",
     "ToolCall",
     "ToolErrorRecovered",
+    "Waiting",
     "message_from_openai",
     "message_to_openai",
     "register_eraser",
