@@ -65,6 +65,16 @@ class Healing:
 
 
 @dataclass(slots=True, eq=False)
+class _Wanted:
+    """A thread that was offered and is not exact yet."""
+
+    since: float
+    """Monotonic seconds."""
+    tokens: int = 0
+    """Prefilled for it so far."""
+
+
+@dataclass(slots=True, eq=False)
 class _Task:
     """A thread that is to become exact."""
 
@@ -81,10 +91,11 @@ class _Task:
     """How many entries of `exact` lie behind its last edit."""
     answer: int
     """How many of the last entries are the newest answer and what the template puts behind it."""
-    tokens: int = 0
-    """Tokens prefilled so far."""
+    wanted: _Wanted
     done: int = 0
-    """Entries of `exact` that are cached."""
+    """Entries of `exact` that were prefilled."""
+    cached: int = 0
+    """How many of them were cached after the newest chunk."""
 
     @property
     def rest(self) -> int:
@@ -117,7 +128,7 @@ class Healer:
     ) -> None:
         self.healing = healing
         self._engine, self._books, self._threads, self._view, self._tell = engine, books, threads, view, tell
-        self._wanted: dict[str, float] = {}  # threads that are to become exact, since when
+        self._wanted: dict[str, _Wanted] = {}
         self._waiting: OrderedDict[str, None] = OrderedDict()  # those of them that are to be planned
         self._tasks: OrderedDict[str, _Task] = OrderedDict()
         self._work = threading.Condition()
@@ -136,7 +147,7 @@ class Healer:
         with self._work:
             if self._closed:
                 return
-            self._wanted.setdefault(thread_id, time.monotonic())
+            self._wanted.setdefault(thread_id, _Wanted(time.monotonic()))
             self._waiting.setdefault(thread_id)
             if first:
                 self._waiting.move_to_end(thread_id, last=False)
@@ -219,8 +230,8 @@ class Healer:
             tokens, done = 0, True
             try:
                 tokens = self._chunk(task)
-                task.tokens += tokens
-                done = task.done >= len(task.exact)
+                task.wanted.tokens += tokens
+                done = task.done == len(task.exact)
                 if done:
                     self._finish(task)
             except (PoolExhaustedError, ColdTombstoneError):
@@ -233,35 +244,36 @@ class Healer:
     def _next(self) -> _Task | None:
         """Return the task whose turn it is; begins new ones while there is room for what they hold."""
         while True:
+            self._begin_waiting()
             with self._work:
-                held = sum(task.rest for task in self._tasks.values())
+                if not self._tasks:
+                    return None
+                thread_id, task = self._tasks.popitem(last=False)
+                if task.latest is self._threads.latest(thread_id):
+                    self._tasks[thread_id] = task  # at the end: the others come first
+                    return task
+                # The thread went on: what was healed of it stays cached, and the rest is planned anew.
+                self._waiting.setdefault(thread_id)
+
+    def _begin_waiting(self) -> None:
+        while True:
+            with self._work:
                 thread_id = next(iter(self._waiting), None)
             if thread_id is None:
-                break
-            began = self._begin(thread_id)
+                return
+            task = self._begin(thread_id)
             with self._work:
-                others = self._tasks.keys() - {thread_id}
-                if began is not None and others and held + began.rest > self.healing.most_tokens:
-                    break
+                held = sum(other.rest for name, other in self._tasks.items() if name != thread_id)
+                if task is not None and held and held + task.rest > self.healing.most_tokens:
+                    return
                 self._waiting.pop(thread_id, None)
-                earlier = self._tasks.pop(thread_id, None)
-                if began is None:
+                self._tasks.pop(thread_id, None)
+                if task is not None:
+                    self._tasks[thread_id] = task
+                    self._tasks.move_to_end(thread_id, last=False)
+                else:
                     self._wanted.pop(thread_id, None)
                     self._work.notify_all()
-                    continue
-                began.tokens = earlier.tokens if earlier else 0
-                self._tasks[thread_id] = began
-                self._tasks.move_to_end(thread_id, last=False)
-        with self._work:
-            if not self._tasks:
-                return None
-            thread_id, task = next(iter(self._tasks.items()))
-            self._tasks.move_to_end(thread_id)
-            if task.latest is self._threads.latest(thread_id):
-                return task
-            # The thread went on: what was healed of it stays cached, and the rest is planned anew.
-            self._waiting.setdefault(thread_id)
-        return self._next()
 
     def _begin(self, thread_id: str) -> _Task | None:
         """Plan the heal of a thread; None where nothing of it is steered."""
@@ -275,7 +287,8 @@ class Healer:
             except KVRetractError:  # the next step tells the caller, who can do something about it
                 return None
         steered = [edit for edit in view.edits if not edit.exact]
-        if not steered:
+        wanted = self._wanted.get(thread_id)
+        if not steered or wanted is None:
             return None
         exact = view.key_after([], exact_from=0)
         num_tokens = len(view.rendering.ids)
@@ -290,14 +303,17 @@ class Healer:
             shared=any(edit.shared for edit in steered),
             after=num_tokens - view.edits[-1].end,
             answer=num_tokens - min(answers, default=num_tokens),
+            wanted=wanted,
         )
 
     def _chunk(self, task: _Task) -> int:
         cached = self._engine.cached(task.exact)
-        # An engine with pages caches no incomplete one, so what is asked for counts, not what is cached then.
-        start = max(cached, task.done if cached >= task.done - self.healing.chunk_tokens else cached)
+        # An engine with pages caches no incomplete one, so what was asked for counts; after an eviction, what is left.
+        start = max(task.done, cached) if cached >= task.cached else cached
         task.done = min(start + self.healing.chunk_tokens, len(task.exact))
-        return self._engine.prefill(task.exact.cut(task.done))
+        tokens = self._engine.prefill(task.exact.cut(task.done))
+        task.cached = self._engine.cached(task.exact)
+        return tokens
 
     def _finish(self, task: _Task) -> None:
         """Measure how far the steered path was from the exact one, and swap.
@@ -308,17 +324,21 @@ class Healer:
         with self._threads.lock:
             if task.latest is not self._threads.latest(task.thread_id) or self._threads.is_streaming(task.thread_id):
                 return
-            with self._work:
-                since = self._wanted.pop(task.thread_id, time.monotonic())
             exact = dict.fromkeys(task.retraction_ids, Status.EXACT)
             ids = tuple(
                 r.retraction_id for r in self._books.set_status(task.thread_id, exact, "healer", "healed", measured)
             )
+            with self._work:
+                self._wanted.pop(task.thread_id, None)
+            self._threads.forget(task.thread_id)
         self._forget(task)
-        waited = time.monotonic() - since
         self._tell(
             Healed(
-                thread_id=task.thread_id, retraction_ids=ids, tokens=task.tokens, waited_s=waited, divergence=measured
+                thread_id=task.thread_id,
+                retraction_ids=ids,
+                tokens=task.wanted.tokens,
+                waited_s=time.monotonic() - task.wanted.since,
+                divergence=measured,
             )
         )
         threshold = self.healing.threshold

@@ -234,10 +234,9 @@ class KVRetractSession:
                 self._threads.remember(thread_id, messages, tools)  # stops a heal of what it read before
                 plan, view, known = self._plan(thread_id, messages, tools, proposals)
                 self._last_erase.pop(thread_id, None)
-                if not plan.spans:
-                    return plan
-                self._books.record(plan, messages, known, actor or ("policy" if proposals is None else "caller"))
-                self._erase(view, plan)
+                if plan.spans:
+                    self._books.record(plan, messages, known, actor or ("policy" if proposals is None else "caller"))
+                    self._erase(view, plan)
             self._offer(thread_id, verify=any(span.verify for span in plan.spans))
         return plan
 
@@ -396,3 +395,5 @@ class KVRetractSession:
         wanted = verify or self.healer.healing.every_thread or self.healer.wants(thread_id)
         if wanted and any(r.status is Status.STEERED for r in self.ledger.records(thread_id)):
             self.healer.offer(thread_id, first=verify)
+        else:
+            self._threads.forget(thread_id)

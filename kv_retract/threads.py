@@ -86,6 +86,11 @@ class ThreadTable:
         """Return it; None where the thread is unknown or was forgotten."""
         return self._latest.get(thread_id)
 
+    def forget(self, thread_id: str) -> None:
+        """Let go of what a thread read: nobody is going to heal it."""
+        with self.lock:
+            self._latest.pop(thread_id, None)
+
     def touch(self, thread_id: str) -> None:
         """The retractions of a thread changed: what is planned of it is no longer its newest."""
         with self.lock:

@@ -376,3 +376,36 @@ def test_healing_and_steps_of_many_threads_at_once(loaded, open_session):
 def test_wrong_numbers_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Healing(**wrong)
+
+
+def test_an_eviction_in_between_only_costs_the_prefill_again(open_session):
+    session = open_session()
+    messages = steered(session)
+    session.healer.run(max_tokens=64)
+    exact = session.healer._tasks["t"].exact
+    session.engine.drop(exact, session.healer._tasks["t"].first)
+    session.healer.run()
+    assert session.history("t")[0].status is Status.EXACT
+    messages = [*messages, Message("user", "and?")]
+    logits = session.engine.extend(session.key("t", messages)).logits[-1]
+    assert float((logits - fresh_logits(session, "t", messages)).abs().max()) < 1e-4
+
+
+def test_many_threads_that_went_on_do_not_block_those_that_wait_for_room(open_session):
+    session = open_session(healing=Healing(background=False, chunk_tokens=16, most_tokens=300))
+    threads = {name: steered(session, name) for name in "abcd"}
+    session.healer.run(max_tokens=40)
+    for name, messages in threads.items():
+        session.step(name, [*messages, Message("user", "go on")], sampling=SHORT)
+    session.healer.run()
+    assert all(session.history(name)[0].status is Status.EXACT for name in threads)
+    assert session.healer.pending() == 0
+
+
+def test_what_a_thread_read_is_let_go_of_once_nobody_heals_it(open_session):
+    session = open_session()
+    session.step("plain", thread(name="plain"), sampling=SHORT)
+    steered(session)
+    assert session._threads.latest("plain") is None and session._threads.latest("t") is not None
+    session.healer.run()
+    assert session._threads.latest("t") is None
