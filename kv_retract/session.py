@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from .answer import stream_answer
+from .attention import attention_of, check_lineage
 from .bookkeeping import Bookkeeper
 from .cache.base import ThreadKey
 from .edits import apply_plan, facts_of
@@ -94,7 +95,7 @@ class KVRetractSession:
         self.ledger = SqliteLedger(ledger) if isinstance(ledger, str | Path) else ledger or MemoryLedger()
         self._owns_ledger = isinstance(ledger, str | Path)
         self.extra_key, self.notify = extra_key, notify
-        self.lineage = lineage or Lineage()
+        self.lineage = check_lineage(lineage or Lineage(), engine)
         self._observers = Observers(tuple(observers))
         self._threads = ThreadTable()
         self._books = Bookkeeper(self.ledger, self._observers, self._threads)
@@ -347,7 +348,7 @@ class KVRetractSession:
             if failures:
                 self._failures[thread_id] = failures
                 self._observers.tell(PoliciesFailed(thread_id=thread_id, failures=failures))
-        derived = self.lineage.expand(proposals, messages, known, attention=None)
+        derived = self.lineage.expand(proposals, messages, known, attention=attention_of(self.engine, view))
         notify = self.notify or self.eraser.needs_notice
         plan = self.planner.plan(
             [with_notice(p, messages) if notify and p.derived_from is None else p for p in derived.proposals],

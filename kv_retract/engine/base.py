@@ -10,11 +10,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol, cast
+from typing import TYPE_CHECKING, ClassVar, Protocol, cast, runtime_checkable
 
 import numpy as np
 
-from ..cache.base import EditView, ThreadKey
+from ..cache.base import EditView, IntArray, ThreadKey
 from ..cache.keys import is_tombstone
 from ..errors import ColdTombstoneError, SpanError
 from ..types import Divergence, EraseResult, Interval, SamplingParams
@@ -228,6 +228,30 @@ class LocalEngine(Engine):
     @abstractmethod
     def tokens_in_use(self) -> int:
         """Return the number of slots in use, cached or running."""
+
+
+@runtime_checkable
+class SupportsAttribution(Protocol):
+    """What an engine can do besides that shows what its model attends to."""
+
+    def attention(self, key: ThreadKey, span: Interval, entries: IntArray) -> torch.Tensor | None:
+        """Return what share of attention each of some entries pays to a span before them.
+
+        The entries run through the model once more, on what is cached; nothing in the cache changes.
+
+        Args:
+            key: the thread.
+            span: entries of the key. Hidden tombstones in it get no attention.
+            entries: behind the span, ascending, ordinary tokens. Shape: (n,)
+
+        Returns:
+            The share (0 to 1) that the head which pays most gives it, of all heads of all layers. Shape: (n,), float32,
+            on the CPU. None where not everything up to the last of the entries is cached.
+
+        Raises:
+            SpanError: the span or the entries are not as they should be.
+            UnsupportedError: the model does not show its attention.
+        """
 
 
 def check_edit(key: ThreadKey, spans: Sequence[Interval], eraser: SupportsErase, new_key: ThreadKey) -> None:

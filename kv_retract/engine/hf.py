@@ -18,6 +18,7 @@ from ..cache.pool import PagedKVPool
 from ..cache.radix import RadixCache
 from ..errors import ColdTombstoneError, SpanError
 from ..types import EraseResult, Interval, SamplingParams
+from .attribution import check_attribution, strongest_shares
 from .base import (
     ExtendResult,
     GeneratedToken,
@@ -175,6 +176,17 @@ class HFEngine(LocalEngine):
             if np.any(slots == NO_SLOT):
                 raise SpanError(f"[{start}, {end}) holds hidden tombstones, which have no KV to write")
             self._pool.write(slots, k, v)
+
+    def attention(self, key: ThreadKey, span: Interval, entries: IntArray) -> torch.Tensor | None:
+        """Return shares of attention (`SupportsAttribution`); the model must run with sdpa."""
+        check_attribution(key, span, entries)
+        end = int(entries[-1]) + 1
+        with self._lock:
+            if self.cached(key) < end:
+                return None
+            slots = self._slots(key, 0, end)
+            working = WorkingSet(self._pool, slots)
+            return strongest_shares(self._runner, working, key, slots, span, entries, chunk_size=self._chunk)
 
     def check_integrity(self) -> None:
         """Check the conservation laws of pool and tree."""

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kv_retract import KVRetractSession, Message, Planner, SamplingParams, SpanRef, Status, ToolCall
+from kv_retract import KVRetractSession, Lineage, Message, Planner, SamplingParams, SpanRef, Status, ToolCall
 from kv_retract.policies import Explicit
 from kv_retract.testing.spy import prefilled_texts
 
@@ -80,3 +80,15 @@ def test_undoing_the_root_brings_everything_back(loaded, request):
     assert {r.status for r in session.history("t")} == {Status.REVOKED}
     read = session.renderer.decode(session.key("t", THREAD).ids.tolist())
     assert CODE in read and "48213" in read
+
+
+def test_attention_joins_as_evidence_where_it_is_asked_for(loaded, request):
+    name = request.node.name
+    asked = session_on(loaded, name, "quoted", lineage=Lineage(attention=0.05))
+    plain = session_on(loaded, f"{name}'", "quoted")
+    kinds = []
+    for session in (asked, plain):
+        session.engine.extend(session.key("t", THREAD))
+        kinds.append({e.kind for hop in session.plan("t", THREAD).hops for e in hop.evidence})
+        session.engine.check_integrity()
+    assert kinds[0] - kinds[1] == {"attention"}
