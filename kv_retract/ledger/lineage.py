@@ -50,8 +50,8 @@ class Lineage:
     """Each hop multiplies the confidence of the retraction by this."""
     attention: float | None = None
     """Share of its attention on a source from which a sentence or call counts as derived, where the engine tells.
-    None: attention is not asked for. It tells what was looked at, not what was used: with 0.5 the bundled model finds 83 %
-    of the answers that were derived from a span, and takes half of the sentences that merely name its subject."""
+    None: attention is not asked for. It tells what was looked at, not what was used: 0.5 finds 83 % of the answers
+    that the bundled model derived from a span, and takes half of the sentences that merely name its subject."""
 
     def __post_init__(self) -> None:
         """Check the fields; raises ValueError."""
