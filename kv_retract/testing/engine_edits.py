@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ..cache.base import EditView, IntArray
-from ..cache.keys import build_key
+from ..cache.keys import KeyEdit, build_key
 from ..engine.base import LocalEngine
 from ..erasers.base import EditCost, EditShape, Eraser
 from ..erasers.mask import MaskEraser
@@ -141,6 +141,42 @@ class EngineEdits(EngineFixtures):
         got = [token.id for token in engine.generate(key_of(grown), SamplingParams(max_tokens=4))]
         assert got == plain_answer(model, grown, 4)
         settle(old, new, key_of(grown, np.array(got)))
+
+    def test_a_prefill_brings_a_key_into_the_cache_and_says_what_it_took(
+        self, engine: LocalEngine, model: Any, page_size: int, ids: Ids, settle: Settle
+    ) -> None:
+        """Also in parts, as a heal does it; a tombstone is refused there too."""
+        key = key_of(ids(120))
+        tokens = engine.prefill(key.cut(50)) + engine.prefill(key)
+        assert engine.cached(key) == self.kept(120, page_size)
+        if self.caches:
+            assert 120 <= tokens <= 120 + page_size
+        self.assert_close(engine.extend(key).logits, plain_logits(model, key.ids))
+        with pytest.raises(SpanError):
+            engine.prefill(build_key(ids(40, 1), [KeyEdit(start=10, end=20, exact=False, retraction_id="r")]))
+        settle(key)
+
+    def test_the_divergence_of_two_caches_is_that_of_their_distributions(
+        self, engine: LocalEngine, model: Any, ids: Ids, settle: Settle
+    ) -> None:
+        """None of a key from itself; of an edited path, what plain transformers gives with the span hidden."""
+        self.needs_cache()
+        tokens, span, eraser = ids(90), (20, 40), MaskEraser()
+        edit = KeyEdit(start=20, end=40, exact=False, eraser_id=eraser.eraser_id, retraction_id="r")
+        exact, steered = key_of(without(tokens, [span])), build_key(tokens, [edit])
+        engine.extend(key_of(tokens[:80]))
+        engine.erase(key_of(tokens[:80]), [span], eraser, steered.cut(80))
+        engine.extend(exact)
+        engine.extend(steered)
+        same = engine.divergence(exact, exact, 3)
+        assert same is not None and same.kl < 1e-6 and same.top1 == 1.0 and same.positions == 3
+        found = engine.divergence(exact, steered, 3)
+        want = plain_logits(model, exact.ids, num_last=3).log_softmax(-1)
+        got = plain_logits(model, tokens, num_last=3, hidden=[span], hidden_from=80).log_softmax(-1)
+        kl = float((want.exp() * (want - got)).sum(-1).mean())
+        assert found is not None and kl > 1e-6
+        assert abs(found.kl - kl) < 0.01 * kl + 1e-6
+        settle(exact, steered, key_of(tokens))
 
     @pytest.mark.parametrize("where", SPANS)
     def test_hidden_spans_are_invisible_to_what_follows(

@@ -161,6 +161,16 @@ class EngineThatIgnoresProcessors(HFEngine):
         return super().generate(key, sampling)
 
 
+class EngineThatPrefillsHalf(HFEngine):
+    def prefill(self, key):
+        return super().prefill(key.cut(max(1, len(key) // 2)))
+
+
+class EngineThatSeesNoDifference(HFEngine):
+    def divergence(self, exact, steered, num_last):
+        return super().divergence(exact, exact, num_last)
+
+
 class OfEngine(EngineConformance):
     type = HFEngine
 
@@ -219,3 +229,11 @@ class TestEngineThatRoundsLogits(OfEngine):
 
 class TestEngineThatIgnoresProcessors(OfEngine):
     type = EngineThatIgnoresProcessors
+
+
+class TestEngineThatPrefillsHalf(OfEngine):
+    type = EngineThatPrefillsHalf
+
+
+class TestEngineThatSeesNoDifference(OfEngine):
+    type = EngineThatSeesNoDifference

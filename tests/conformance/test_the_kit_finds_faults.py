@@ -41,6 +41,8 @@ FOUND_BY = {
     "EngineThatSwapsKeysAndValues": ["what_is_read_is_what_transformers_computes"],
     "EngineThatDropsFromTheStart": ["drop_forgets_what_only_this_thread_uses"],
     "EngineThatRoundsLogits": ["logits_equal_plain_transformers_with_and_without_hits"],
+    "EngineThatPrefillsHalf": ["a_prefill_brings_a_key_into_the_cache_and_says_what_it_took"],
+    "EngineThatSeesNoDifference": ["the_divergence_of_two_caches_is_that_of_their_distributions"],
     "EngineThatIgnoresProcessors": ["a_logits_processor_decides"],
 }
 """Faulty implementation -> the tests of its suite that must fail, each at one parameter at least."""
