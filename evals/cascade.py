@@ -130,7 +130,7 @@ def _samples_of(settings: CascadeEval, task: str, length: int) -> Iterator[list[
                         sample_id=sample.sample_id, task=task, arm=label, cascade=cascade.value,
                         affected=thread.says(asked, right)[0], leaked=thread.says(asked, hit[0].answer)[0],
                         unaffected=mean(float(thread.says(p.question, p.answer)[0]) for p in others),
-                        derived=sum(s.record.derived_from is not None for s in plan.spans),
+                        derived=sum(bool(s.record.derived_from) for s in plan.spans),
                         quote_found=any(s.record.span.message == quote for s in plan.spans),
                     )
                 )  # fmt: skip

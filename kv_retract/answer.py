@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import replace
 from typing import cast
 
 from .engine.base import Engine, GeneratedToken, LogitsProcessor
+from .errors import ColdTombstoneError
 from .ledger.render import Renderer
 from .streaming import TextStream
 from .thread import ThreadView
 from .types import Message, RetractionPlan, SamplingParams, StepDelta, StepResult
+
+
+def stream_thread(
+    engine: Engine,
+    renderer: Renderer,
+    view_of: Callable[[], ThreadView],
+    plan: RetractionPlan,
+    sampling: SamplingParams,
+    logits_processor: LogitsProcessor | None = None,
+) -> Iterator[StepDelta]:
+    """As `stream_answer`; views the thread anew where another one needed the room of a steered span in between."""
+    while True:
+        try:
+            yield from stream_answer(engine, renderer, view_of(), plan, sampling, logits_processor)
+            return
+        except ColdTombstoneError:
+            continue
 
 
 def stream_answer(

@@ -54,11 +54,20 @@ class Bookkeeper:
         why: Why,
         divergence: Divergence | None = None,
     ) -> tuple[RetractionRecord, ...]:
-        """Change the statuses that differ; return the records that changed, as they are now."""
+        """Change the statuses that differ; return the records that changed, as they are now.
+
+        What the session and its healer do by themselves makes steered records exact, and touches no others: another
+        process may have undone one meanwhile.
+        """
         if not statuses:
             return ()
         known = {r.retraction_id: r for r in self._ledger.records(thread_id)}
-        changed = tuple(replace(known[i], status=s) for i, s in statuses.items() if known[i].status is not s)
+        only = None if why in ("undone", "redone") else Status.STEERED
+        changed = tuple(
+            replace(known[i], status=status)
+            for i, status in statuses.items()
+            if known[i].status is not status and (only is None or known[i].status is only)
+        )
         for record in changed:
             self._observers.tell(
                 StatusChanges(
@@ -72,7 +81,7 @@ class Bookkeeper:
                 )
             )
         if changed:
-            self._ledger.set_status(thread_id, {r.retraction_id: r.status for r in changed})
+            self._ledger.set_status(thread_id, {r.retraction_id: r.status for r in changed}, only=only)
             self._threads.touch(thread_id)
         return changed
 
@@ -89,9 +98,21 @@ class Bookkeeper:
                 f"thread {thread_id!r} has no retraction {retraction_id!r} among its {len(records)}; "
                 "see KVRetractSession.history"
             )
-        mine = [r.retraction_id for r in records if retraction_id in (r.retraction_id, r.derived_from)]
+        gone = {r.retraction_id for r in records if r.status is Status.REVOKED} | {retraction_id}
+        mine = {retraction_id}
+        while (
+            derived := {
+                r.retraction_id
+                for r in records
+                if r.derived_from and mine & {*r.derived_from} and gone.issuperset(r.derived_from)
+            }
+            - mine
+        ):
+            mine, gone = mine | derived, gone | derived
         self.check_idle(thread_id, "undo")
-        return self.set_status(thread_id, dict.fromkeys(mine, Status.REVOKED), actor, "undone")
+        return self.set_status(
+            thread_id, {r.retraction_id: Status.REVOKED for r in records if r.retraction_id in mine}, actor, "undone"
+        )
 
     def check_idle(self, thread_id: str, what: str) -> None:
         """Raise ThreadBusyError where the thread is streaming an answer."""

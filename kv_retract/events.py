@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import ClassVar, Literal, TypeAlias
@@ -98,6 +99,7 @@ class PoliciesFailed(Event):
     """Policies gave nothing before a step."""
 
     failures: tuple[PolicyFailure, ...]
+    """Without their messages, which may quote what the policies read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,11 +140,11 @@ class Observer(ABC):
         return None
 
 
-@dataclass(frozen=True, slots=True)
 class Observers:
     """All observers of a session; those that are required first, so that what they stop is seen by nobody else."""
 
-    observers: Sequence[Observer]
+    def __init__(self, observers: Sequence[Observer]) -> None:
+        self._observers = sorted(observers, key=lambda o: not o.required)
 
     def tell(self, event: Event) -> None:
         """Tell all of them.
@@ -150,7 +152,7 @@ class Observers:
         Raises:
             Exception: whatever a required observer raises; those behind it are not told.
         """
-        for observer in sorted(self.observers, key=lambda o: not o.required):
+        for observer in self._observers:
             try:
                 observer.on_event(event)
             except Exception as error:
@@ -161,6 +163,7 @@ class Observers:
                             type(error).__name__)  # fmt: skip
 
     def close(self) -> None:
-        """Close all of them."""
-        for observer in self.observers:
-            observer.close()
+        """Close all of them, also where one raises; then raises what the first one did."""
+        with ExitStack() as stack:
+            for observer in reversed(self._observers):
+                stack.callback(observer.close)

@@ -92,10 +92,14 @@ class _Task:
     answer: int
     """How many of the last entries are the newest answer and what the template puts behind it."""
     wanted: _Wanted
+    deletions: int
+    """Of the thread, when the task was planned."""
     done: int = 0
     """Entries of `exact` that were prefilled."""
     cached: int = 0
     """How many of them were cached after the newest chunk."""
+    lost: bool = False
+    """Whether some of them were evicted since."""
 
     @property
     def rest(self) -> int:
@@ -129,7 +133,7 @@ class Healer:
         self.healing = healing
         self._engine, self._books, self._threads, self._view, self._tell = engine, books, threads, view, tell
         self._wanted: dict[str, _Wanted] = {}
-        self._waiting: OrderedDict[str, None] = OrderedDict()  # those of them that are to be planned
+        self._waiting: OrderedDict[str, object] = OrderedDict()  # those to be planned; another object at every offer
         self._tasks: OrderedDict[str, _Task] = OrderedDict()
         self._work = threading.Condition()
         self._turn = threading.Lock()
@@ -148,10 +152,10 @@ class Healer:
             if self._closed:
                 return
             self._wanted.setdefault(thread_id, _Wanted(time.monotonic()))
-            self._waiting.setdefault(thread_id)
+            self._waiting[thread_id] = object()
             if first:
                 self._waiting.move_to_end(thread_id, last=False)
-            if self.healing.background and self._worker is None:
+            if self.healing.background and (self._worker is None or not self._worker.is_alive()):
                 self._worker = threading.Thread(target=self._go_on, name="kv-retract healer", daemon=True)
                 self._worker.start()
             self._work.notify_all()
@@ -183,7 +187,7 @@ class Healer:
         return done
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait until nothing is pending; return whether that is so."""
+        """Wait until nothing is pending, or the healer is closed; return whether that came in time."""
         with self._work:
             return self._work.wait_for(lambda: self._closed or not (self._waiting or self._tasks), timeout_s)
 
@@ -202,10 +206,12 @@ class Healer:
         impatient_at = time.monotonic() + self.healing.patience_s
         while True:
             with self._work:
-                if not self._work.wait_for(lambda: self._closed or self._waiting or self._tasks, timeout=60.0):
-                    continue
                 if self._closed:
                     return
+                if not (self._waiting or self._tasks):
+                    self._work.wait(60.0)
+                    impatient_at = time.monotonic() + self.healing.patience_s
+                    continue
                 now = time.monotonic()
                 busy = not self._threads.is_quiet() and now < impatient_at
                 if busy or now < self._free_at:
@@ -250,19 +256,29 @@ class Healer:
                     return None
                 thread_id, task = self._tasks.popitem(last=False)
                 if task.latest is self._threads.latest(thread_id):
-                    self._tasks[thread_id] = task  # at the end: the others come first
+                    # At the end, so that the others come first; but where they evict each other, one after the other.
+                    self._tasks[thread_id] = task
+                    self._tasks.move_to_end(thread_id, last=not task.lost)
                     return task
                 # The thread went on: what was healed of it stays cached, and the rest is planned anew.
-                self._waiting.setdefault(thread_id)
+                self._waiting.setdefault(thread_id, object())
 
     def _begin_waiting(self) -> None:
         while True:
             with self._work:
-                thread_id = next(iter(self._waiting), None)
+                thread_id, offered = next(iter(self._waiting.items()), (None, None))
             if thread_id is None:
                 return
-            task = self._begin(thread_id)
+            try:
+                task = self._begin(thread_id)
+            except BaseException:
+                with self._work:
+                    self._waiting.pop(thread_id, None)
+                    self._wanted.pop(thread_id, None)
+                raise
             with self._work:
+                if self._waiting.get(thread_id) is not offered:
+                    continue  # it was offered again while it was planned
                 held = sum(other.rest for name, other in self._tasks.items() if name != thread_id)
                 if task is not None and held and held + task.rest > self.healing.most_tokens:
                     return
@@ -278,13 +294,14 @@ class Healer:
     def _begin(self, thread_id: str) -> _Task | None:
         """Plan the heal of a thread; None where nothing of it is steered."""
         with self._threads.lock:
-            latest = self._threads.latest(thread_id)
+            latest, deletions = self._threads.latest(thread_id), self._threads.deletions(thread_id)
             if latest is None:
                 return None
             unanswered = latest.answer_from == len(latest.messages)
             try:
                 view = self._view(thread_id, latest.messages, latest.tools, unanswered)
-            except KVRetractError:  # the next step tells the caller, who can do something about it
+            except KVRetractError as error:  # the next step tells the caller, who can do something about it
+                log.info("thread %r is not healed now: %s", thread_id, type(error).__name__)
                 return None
         steered = [edit for edit in view.edits if not edit.exact]
         wanted = self._wanted.get(thread_id)
@@ -304,6 +321,7 @@ class Healer:
             after=num_tokens - view.edits[-1].end,
             answer=num_tokens - min(answers, default=num_tokens),
             wanted=wanted,
+            deletions=deletions,
         )
 
     def _chunk(self, task: _Task) -> int:
@@ -311,8 +329,11 @@ class Healer:
         # An engine with pages caches no incomplete one, so what was asked for counts; after an eviction, what is left.
         start = max(task.done, cached) if cached >= task.cached else cached
         task.done = min(start + self.healing.chunk_tokens, len(task.exact))
+        task.lost = task.lost or cached < task.cached
         tokens = self._engine.prefill(task.exact.cut(task.done))
         task.cached = self._engine.cached(task.exact)
+        if task.deletions != self._threads.deletions(task.thread_id):
+            self._engine.purge(task.exact, task.first)  # it may have read what was to be deleted meanwhile
         return tokens
 
     def _finish(self, task: _Task) -> None:
@@ -322,7 +343,11 @@ class Healer:
         """
         measured = self._measure(task)
         with self._threads.lock:
-            if task.latest is not self._threads.latest(task.thread_id) or self._threads.is_streaming(task.thread_id):
+            if self._threads.is_streaming(task.thread_id):
+                return
+            if task.latest is not self._threads.latest(task.thread_id):
+                with self._work:
+                    self._waiting.setdefault(task.thread_id, object())
                 return
             exact = dict.fromkeys(task.retraction_ids, Status.EXACT)
             ids = tuple(
@@ -342,7 +367,7 @@ class Healer:
             )
         )
         threshold = self.healing.threshold
-        if measured is not None and measured.kl > threshold:
+        if measured is not None and not measured.kl <= threshold:  # NaN is told too
             self._tell(Diverged(thread_id=task.thread_id, retraction_ids=ids, divergence=measured, threshold=threshold))
 
     def _measure(self, task: _Task) -> Divergence | None:

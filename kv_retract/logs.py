@@ -45,7 +45,7 @@ def fields_of(event: Event) -> dict[str, Field]:
                 "spans": len(plan.spans),
                 "exact_spans": exact,
                 "steered_spans": len(plan.spans) - exact,
-                "derived_spans": sum(span.record.derived_from is not None for span in plan.spans),
+                "derived_spans": sum(bool(span.record.derived_from) for span in plan.spans),
                 "dropped": len(plan.dropped),
                 "span_tokens": sum(span.end - span.start for span in plan.spans),
                 "thread_tokens": plan.num_tokens,

@@ -213,7 +213,7 @@ def _join(group: Sequence[Retraction]) -> Retraction:
     scopes = {r.scope or (Scope.THREAD if r.guarantee is Guarantee.EXACT else Scope.BRANCH) for r in group}
     notices = dict.fromkeys(r.notice for r in group if r.notice)
     # What a policy found by itself stands by itself, whatever else a cascade would have brought.
-    origins = {r.derived_from for r in group}
+    origins = () if any(not r.derived_from for r in group) else dict.fromkeys(o for r in group for o in r.derived_from)
     return Retraction(
         span=group[0].span,
         policy="+".join(dict.fromkeys(r.policy for r in group)),
@@ -224,5 +224,5 @@ def _join(group: Sequence[Retraction]) -> Retraction:
         notice="\n".join(notices) or None,
         cascade=functools.reduce(Cascade.wider, (r.cascade for r in group)),
         verify=max(r.verify for r in group),
-        derived_from=group[0].derived_from if len(origins) == 1 else None,
+        derived_from=tuple(origins),
     )

@@ -41,7 +41,8 @@ class Planner:
     0 turns this off."""
     budget: int | None = None
     """Most tokens that the edits of one step may send through the model, those with `Guarantee.EXACT` not counted.
-    Spans beyond it are dropped; policies propose them again before the next step."""
+    Spans beyond it are dropped; policies propose them again before the next step, but not what a cascade brought, which
+    is looked at once."""
     min_guarantee: Guarantee = Guarantee.STEERED
     """Weakest guarantee of every planned span; it may only strengthen what a policy asks for."""
 
@@ -204,10 +205,10 @@ def _planned(place: Place, messages: Sequence[Message], thread_id: str, eraser: 
 
 def _orphans(places: Sequence[Place], records: Sequence[RetractionRecord]) -> list[Place]:
     """Return derived places of which nothing takes back what they were derived from: it was dropped."""
-    origins = [p.retraction.span for p in places if p.retraction.derived_from is None]
-    origins += [r.span for r in records if r.status is not Status.REVOKED]
-    derived = [(p, p.retraction.derived_from) for p in places]
-    return [p for p, origin in derived if origin is not None and not any(overlap(origin, span) for span in origins)]
+    taken = [p.retraction.span for p in places if not p.retraction.derived_from]
+    taken += [r.span for r in records if r.status is not Status.REVOKED]
+    derived = [(p, p.retraction.derived_from) for p in places if p.retraction.derived_from]
+    return [p for p, origins in derived if not any(overlap(o, span) for o in origins for span in taken)]
 
 
 def _linked(
@@ -217,7 +218,10 @@ def _linked(
     known = [*(span.record for span in spans), *(r for r in records if r.status is not Status.REVOKED)]
     linked = []
     for span, place in zip(spans, places, strict=True):
-        origin = place.retraction.derived_from
-        found = next((r.retraction_id for r in known if origin is not None and overlap(r.span, origin)), None)
+        origins = [
+            next((r.retraction_id for r in known if overlap(r.span, origin)), None)
+            for origin in place.retraction.derived_from
+        ]
+        found = tuple(dict.fromkeys(id for id in origins if id is not None))
         linked.append(dataclasses.replace(span, record=dataclasses.replace(span.record, derived_from=found)))
     return tuple(linked)

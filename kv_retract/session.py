@@ -9,18 +9,18 @@ shown to the engine with its retractions applied (DESIGN D1), so whatever is los
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-from .answer import stream_answer
-from .attention import attention_of, check_lineage
+from .answer import stream_thread
+from .attention import check_lineage
 from .bookkeeping import Bookkeeper
 from .cache.base import ThreadKey
-from .edits import apply_plan, facts_of
+from .edits import apply_plan, plan_for
 from .engine.base import Engine, LogitsProcessor
 from .erasers import ERASERS, Eraser
-from .errors import ColdTombstoneError
 from .events import Erased, Observer, Observers, PoliciesFailed
 from .healing import Healer, Healing
 from .ledger.ledger import Ledger, MemoryLedger, SqliteLedger, standing
@@ -28,12 +28,13 @@ from .ledger.lineage import Lineage
 from .ledger.render import Renderer
 from .planner import Planner
 from .policies.asking import Asker, OnFailure, PolicyFailure
-from .policies.base import PolicyContext, RetractionPolicy
+from .policies.base import RetractionPolicy
 from .policies.supervised import approvals_in
-from .thread import ThreadView, Tools, view_thread, with_notice
+from .thread import ThreadView, Tools, context_of, view_thread
 from .threads import ThreadTable
 from .types import (
     EraseResult,
+    Guarantee,
     Message,
     Retraction,
     RetractionPlan,
@@ -93,7 +94,7 @@ class KVRetractSession:
         self._failures: dict[str, tuple[PolicyFailure, ...]] = {}
         self.planner = planner or Planner()
         self.ledger = SqliteLedger(ledger) if isinstance(ledger, str | Path) else ledger or MemoryLedger()
-        self._owns_ledger = isinstance(ledger, str | Path)
+        self._owns_ledger, self._closed = isinstance(ledger, str | Path), False
         self.extra_key, self.notify = extra_key, notify
         self.lineage = check_lineage(lineage or Lineage(), engine)
         self._observers = Observers(tuple(observers))
@@ -178,7 +179,8 @@ class KVRetractSession:
                 plan = self.retract(thread_id, messages, tools=tools)
                 watch.retracted()
                 with self._threads.streaming(thread_id):
-                    for delta in self._answer(thread_id, messages, tools, plan, sampling, logits_processor):
+                    ready = partial(self._ready, thread_id, messages, tools)
+                    for delta in stream_thread(self.engine, self.renderer, ready, plan, sampling, logits_processor):
                         watch.saw(delta)
                         if delta.result is not None:
                             self._threads.remember(thread_id, messages, tools, delta.result.message)
@@ -187,8 +189,10 @@ class KVRetractSession:
             watch.failed(error)
             raise
         finally:
-            self._offer(thread_id)
-            self._observers.tell(watch.event())
+            try:
+                self._observers.tell(watch.event())
+            finally:
+                self._offer(thread_id)
 
     def plan(
         self,
@@ -230,15 +234,20 @@ class KVRetractSession:
             PolicyError: a policy failed, and `on_policy_failure` is `raise`.
             ThreadBusyError: the thread is streaming an answer and there is something to retract.
         """
+        verify = False
         with self._threads.step():
-            with self._threads.lock:
-                self._threads.remember(thread_id, messages, tools)  # stops a heal of what it read before
-                plan, view, known = self._plan(thread_id, messages, tools, proposals)
-                self._last_erase.pop(thread_id, None)
-                if plan.spans:
-                    self._books.record(plan, messages, known, actor or ("policy" if proposals is None else "caller"))
-                    self._erase(view, plan)
-            self._offer(thread_id, verify=any(span.verify for span in plan.spans))
+            try:
+                with self._threads.lock:
+                    self._threads.remember(thread_id, messages, tools)  # stops a heal of what it read before
+                    plan, view, known = self._plan(thread_id, messages, tools, proposals, told=True)
+                    self._last_erase.pop(thread_id, None)
+                    verify = any(span.verify for span in plan.spans)
+                    if plan.spans:
+                        who = actor or ("policy" if proposals is None else "caller")
+                        self._books.record(plan, messages, known, who)
+                        self._erase(view, plan, known)
+            finally:
+                self._offer(thread_id, verify=verify)
         return plan
 
     def undo(self, thread_id: str, retraction_id: str, *, actor: str = "caller") -> tuple[RetractionRecord, ...]:
@@ -260,15 +269,10 @@ class KVRetractSession:
     def waiting(
         self, thread_id: str, messages: Sequence[Message], *, tools: Tools | None = None
     ) -> tuple[Waiting, ...]:
-        """Return what policies under `require_approval` propose, is not approved yet, and would change something.
-
-        To approve: `retract(..., proposals=[w.proposal], actor=...)`.
-        """
+        """Return what waits under `require_approval` and would change something; `retract(proposals=...)` approves."""
         with self._threads.lock:
-            context = self._context(thread_id, messages, self._view(thread_id, messages, tools))
-            proposed: dict[str, Retraction] = {}
-            for policy in approvals_in(self.policies):
-                proposed.update(policy.waiting(context))
+            context = context_of(thread_id, messages, self._view(thread_id, messages, tools))
+            proposed = {id: p for policy in approvals_in(self.policies) for id, p in policy.waiting(context).items()}
             plans = {id: self._plan(thread_id, messages, tools, [p])[0] for id, p in proposed.items()}
         return tuple(Waiting(id=id, proposal=proposed[id], plan=plan) for id, plan in plans.items() if plan.spans)
 
@@ -307,11 +311,14 @@ class KVRetractSession:
         self.ledger.add(thread_id, records)
 
     def close(self) -> None:
-        """See the class. Closing twice is harmless."""
+        """See the class. Closing twice is harmless; answers that are streaming may go on."""
+        self._closed = True
         self.healer.close()
-        self._observers.close()
-        if self._owns_ledger:
-            self.ledger.close()
+        try:
+            self._observers.close()
+        finally:
+            if self._owns_ledger:
+                self.ledger.close()
 
     def __enter__(self) -> Self:
         return self
@@ -334,56 +341,46 @@ class KVRetractSession:
             extra_key=self.extra_key,
         )
 
-    def _context(self, thread_id: str, messages: Sequence[Message], view: ThreadView) -> PolicyContext:
-        return PolicyContext(thread_id=thread_id, messages=messages, records=view.records, now=datetime.now(UTC))
-
     def _plan(
-        self, thread_id: str, messages: Sequence[Message], tools: Tools | None, proposals: Sequence[Retraction] | None
-    ) -> tuple[RetractionPlan, ThreadView, Sequence[RetractionRecord]]:
-        view = self._view(thread_id, messages, tools)
-        known = standing(self.ledger.records(thread_id), messages)
-        if proposals is None:
-            proposals, failures = self._asker.ask(self.policies, self._context(thread_id, messages, view))
-            self._failures.pop(thread_id, None)
-            if failures:
-                self._failures[thread_id] = failures
-                self._observers.tell(PoliciesFailed(thread_id=thread_id, failures=failures))
-        derived = self.lineage.expand(proposals, messages, known, attention=attention_of(self.engine, view))
-        notify = self.notify or self.eraser.needs_notice
-        plan = self.planner.plan(
-            [with_notice(p, messages) if notify and p.derived_from is None else p for p in derived.proposals],
-            thread_id=thread_id,
-            messages=messages,
-            rendering=view.rendering,
-            records=known,
-            num_cached=view.token(view.cached),
-            eraser=facts_of(self.eraser),
-            hops=derived.hops,
-        )
-        return plan, view, known
-
-    def _answer(
         self,
         thread_id: str,
         messages: Sequence[Message],
         tools: Tools | None,
-        plan: RetractionPlan,
-        sampling: SamplingParams,
-        logits_processor: LogitsProcessor | None,
-    ) -> Iterator[StepDelta]:
-        while True:
-            with self._threads.lock:
-                view = self._view(thread_id, messages, tools)
-                # A steered span that is no longer cached is about to be rebuilt exactly: say so in the ledger.
-                self._books.set_status(thread_id, {r.retraction_id: r.status for r in view.records}, "session", "cold")
-            try:
-                yield from stream_answer(self.engine, self.renderer, view, plan, sampling, logits_processor)
-                return
-            except ColdTombstoneError:
-                continue  # another thread needed the room in between: now the span is left out
+        proposals: Sequence[Retraction] | None,
+        *,
+        told: bool = False,
+    ) -> tuple[RetractionPlan, ThreadView, Sequence[RetractionRecord]]:
+        view = self._view(thread_id, messages, tools)
+        known = standing(self.ledger.records(thread_id), messages)
+        if proposals is None:
+            proposals, failures = self._asker.ask(self.policies, context_of(thread_id, messages, view))
+            if told:
+                self._fail(thread_id, failures)
+        plan = plan_for(
+            view, proposals, known,
+            thread_id=thread_id, engine=self.engine, eraser=self.eraser, planner=self.planner, lineage=self.lineage,
+            notify=self.notify,
+        )  # fmt: skip
+        return plan, view, known
 
-    def _erase(self, view: ThreadView, plan: RetractionPlan) -> None:
-        erased = apply_plan(self.engine, self.eraser, view, plan)
+    def _ready(self, thread_id: str, messages: Sequence[Message], tools: Tools | None) -> ThreadView:
+        """Return what is about to be answered; what is no longer cached of it is rebuilt exactly, so say so."""
+        with self._threads.lock:
+            view = self._view(thread_id, messages, tools)
+            self._books.set_status(thread_id, {r.retraction_id: r.status for r in view.records}, "session", "cold")
+            return view
+
+    def _fail(self, thread_id: str, failures: tuple[PolicyFailure, ...]) -> None:
+        self._failures.pop(thread_id, None)
+        if failures:
+            self._failures[thread_id] = failures
+            silent = tuple(replace(failure, message="") for failure in failures)
+            self._observers.tell(PoliciesFailed(thread_id=thread_id, failures=silent))
+
+    def _erase(self, view: ThreadView, plan: RetractionPlan, known: Sequence[RetractionRecord]) -> None:
+        if any(span.record.guarantee is Guarantee.EXACT for span in plan.spans):
+            self._threads.forbid(plan.thread_id)
+        erased = apply_plan(self.engine, self.eraser, view, plan, known)
         self._last_erase[plan.thread_id] = erased
         ids = tuple(span.record.retraction_id for span in plan.spans)
         self._observers.tell(Erased(thread_id=plan.thread_id, retraction_ids=ids, result=erased))
@@ -393,6 +390,8 @@ class KVRetractSession:
 
     def _offer(self, thread_id: str, *, verify: bool = False) -> None:
         """Hand a thread to the healer where something of it is steered and it may be healed."""
+        if self._closed:
+            return
         wanted = verify or self.healer.healing.every_thread or self.healer.wants(thread_id)
         if wanted and any(r.status is Status.STEERED for r in self.ledger.records(thread_id)):
             self.healer.offer(thread_id, first=verify)

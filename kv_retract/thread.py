@@ -7,8 +7,9 @@ where spans that were removed exactly are missing. `ThreadView` converts between
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import Any
 
 from .cache.base import ThreadKey
@@ -16,6 +17,7 @@ from .cache.keys import KeyEdit, build_key
 from .engine.base import Engine
 from .ledger.ledger import applicable
 from .ledger.render import Renderer, Rendering
+from .policies.base import PolicyContext
 from .spans import free_parts
 from .types import Interval, Message, PlannedSpan, Retraction, RetractionRecord, Status
 
@@ -50,6 +52,29 @@ class ThreadView:
             if e.exact and e.start <= entry:
                 entry += e.end - e.start
         return entry
+
+    def other_states(self, known: Sequence[RetractionRecord]) -> Iterator[ThreadView]:
+        """Yield the thread as it may be cached besides: healed, and with what was undone steered once more.
+
+        Args:
+            known: records that stand in the messages; of those that are revoked, each alone and all together.
+        """
+        yield self._with_edits([replace(edit, exact=True) for edit in self.edits])
+        undone = []
+        for record in known:
+            if record.status is Status.REVOKED and not self.rendering.leaves_out(record.span):
+                parts = free_parts(self.rendering.interval(record.span), [(e.start, e.end) for e in self.edits])
+                undone += [_edit(replace(record, status=Status.STEERED), *part) for part in parts]
+        for edit in undone:
+            yield self._with_edits([*self.edits, edit])
+        apart = [e for n, e in enumerate(undone) if all(e.start >= o.end or e.end <= o.start for o in undone[:n])]
+        if len(apart) > 1:
+            yield self._with_edits([*self.edits, *apart])
+
+    def _with_edits(self, edits: Sequence[KeyEdit]) -> ThreadView:
+        ordered = tuple(sorted(edits, key=lambda e: e.start))
+        key = build_key(self.rendering.ids, ordered, extra_key=self.key.extra_key)
+        return replace(self, edits=ordered, key=key, cached=0)
 
     def key_after(self, planned: Sequence[PlannedSpan], *, exact_from: int | None = None) -> ThreadKey:
         """Return the key once the planned spans are erased.
@@ -99,6 +124,11 @@ def view_thread(
         if not cold:
             return view
         applied = tuple(replace(r, status=Status.EXACT) if r.retraction_id in cold else r for r in applied)
+
+
+def context_of(thread_id: str, messages: Sequence[Message], view: ThreadView) -> PolicyContext:
+    """Return what policies may look at, before a step that begins now."""
+    return PolicyContext(thread_id=thread_id, messages=messages, records=view.records, now=datetime.now(UTC))
 
 
 def with_notice(proposal: Retraction, messages: Sequence[Message]) -> Retraction:

@@ -29,12 +29,14 @@ class ThreadTable:
     """Shared by a session and its healer.
 
     Attributes:
-        lock: held while records change and while a key is built from them; never while a model runs.
+        lock: held while records change and while a key is built from them, policies and edits included; never while an
+            answer is decoded.
     """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self._streams: Counter[str] = Counter()
+        self._deletions: Counter[str] = Counter()
         self._steps = 0
         self._latest: OrderedDict[str, Latest] = OrderedDict()
 
@@ -85,6 +87,15 @@ class ThreadTable:
     def latest(self, thread_id: str) -> Latest | None:
         """Return it; None where the thread is unknown or was forgotten."""
         return self._latest.get(thread_id)
+
+    def forbid(self, thread_id: str) -> None:
+        """What was planned of a thread before now must not stay cached: it may have read what is to be deleted."""
+        with self.lock:
+            self._deletions[thread_id] += 1
+
+    def deletions(self, thread_id: str) -> int:
+        """Return how often something of a thread was to be deleted."""
+        return self._deletions[thread_id]
 
     def forget(self, thread_id: str) -> None:
         """Let go of what a thread read: nobody is going to heal it."""

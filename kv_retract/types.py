@@ -172,8 +172,8 @@ class Retraction:
     """What else goes with it."""
     verify: float = 0.0
     """Share of such retractions (0 to 1) whose steered edit is compared with exact recomputation in the background."""
-    derived_from: SpanRef | None = None
-    """The retracted span from which this one was derived, where a cascade brought it."""
+    derived_from: tuple[SpanRef, ...] = ()
+    """The retracted spans from which this one was derived, where a cascade brought it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,8 +207,8 @@ class RetractionRecord:
     """ISO 8601, UTC."""
     span_tokens: int = 0
     """Length of the span when it was planned."""
-    derived_from: str | None = None
-    """`retraction_id` of the retraction whose cascade brought this one; undoing that one undoes this one."""
+    derived_from: tuple[str, ...] = ()
+    """Ids of the retractions whose cascades brought this one; where all of them are undone, so is this one."""
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-able dictionary; `from_json` inverts it."""
@@ -227,6 +227,7 @@ class RetractionRecord:
             values["guarantee"] = Guarantee(values["guarantee"])
             values["scope"] = Scope(values["scope"])
             values["status"] = Status(values["status"])
+            values["derived_from"] = tuple(values.get("derived_from", ()))
             return cls(**values)
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a retraction record: {error}") from error

@@ -54,7 +54,7 @@ def decided(**kw):
     record = RetractionRecord(
         retraction_id="aa", span=SpanRef(3, start=2, end=9), window_size=1, window_digest="d", policy="secret",
         reason="a key", guarantee=Guarantee.EXACT, scope=Scope.THREAD, status=Status.EXACT, eraser_id="mask",
-        notice="withdrawn", derived_from="bb",
+        notice="withdrawn", derived_from=("bb",),
     )  # fmt: skip
     span = PlannedSpan(record=record, start=10, end=15, exact=True, why_exact="guarantee")
     evidence = Evidence(kind="value", source=SpanRef(1), target=SpanRef(3, start=2, end=9), weight=7.0)
@@ -110,7 +110,7 @@ def test_a_decision_is_written_in_full(path):
                 "eraser_id": "mask",
                 "why_exact": "guarantee",
                 "verify": False,
-                "derived_from": "bb",
+                "derived_from": ["bb"],
             }
         ],
         "hops": [
@@ -713,7 +713,7 @@ def test_a_cascade_is_told_with_its_evidence_and_without_its_text(loaded, path, 
     session.retract("t", messages, proposals=[take_back(2, cascade=Cascade.QUOTED)])
     session.close()
     (first, second), hops = (next(read(path))[name] for name in ("spans", "hops"))
-    assert second["derived_from"] == first["retraction_id"] and first["derived_from"] is None
+    assert second["derived_from"] == [first["retraction_id"]] and first["derived_from"] == []
     evidence = hops[0]["evidence"][0]
     for end in ("source", "target"):
         found = messages[evidence[end]["message"]].content[evidence[end]["start"] : evidence[end]["end"]]

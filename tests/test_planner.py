@@ -392,7 +392,7 @@ def test_conservation_laws_of_a_plan(case, shuffle):
 
 
 def derived(span, root, **fields):
-    return retract(span, derived_from=root, **fields)
+    return retract(span, derived_from=(root,), **fields)
 
 
 HOP = Hop(
@@ -409,7 +409,7 @@ def test_what_was_derived_names_the_retraction_that_it_came_with():
         hops=[HOP],
     )  # fmt: skip
     root, quote = result.spans
-    assert root.record.derived_from is None and quote.record.derived_from == root.record.retraction_id
+    assert root.record.derived_from == () and quote.record.derived_from == (root.record.retraction_id,)
     assert result.hops == (HOP,)
 
 
@@ -425,13 +425,13 @@ def test_what_was_derived_from_a_span_that_stays_stays(root, settings):
 
 def test_a_derived_span_that_a_policy_found_itself_needs_no_root():
     result = plan([retract(SpanRef(0)), derived(SpanRef(5), SpanRef(0)), retract(SpanRef(5), policy="q")])
-    assert spans(result) == [SpanRef(5)] and result.spans[0].record.derived_from is None
+    assert spans(result) == [SpanRef(5)] and result.spans[0].record.derived_from == ()
 
 
 def test_what_was_derived_from_a_span_that_is_retracted_already_names_its_record():
     first = plan([retract(SpanRef(3))]).spans[0].record
     result = plan([derived(SpanRef(5), SpanRef(3))], records=[first])
-    assert result.spans[0].record.derived_from == first.retraction_id
+    assert result.spans[0].record.derived_from == (first.retraction_id,)
 
 
 def test_verification_is_drawn_by_the_retraction_and_only_for_steered_spans():

@@ -23,7 +23,7 @@ from kv_retract.ledger.ledger import standing
 from kv_retract.session import KVRetractSession
 from kv_retract.spans import overlap, text_of
 from kv_retract.thread import Tools
-from kv_retract.types import Hop, Message, Retraction, SpanRef, Status, Waiting
+from kv_retract.types import Hop, Message, Retraction, RetractionRecord, SpanRef, Status, Waiting
 
 from .messages import to_messages
 
@@ -151,13 +151,18 @@ def retract_approved(
     if not approved:
         return
     # Of most policies the planner refuses what was revoked, but spans that a caller names are always taken.
-    undone = [r.span for r in standing(session.history(thread_id), messages) if r.status is Status.REVOKED]
+    undone = [r for r in standing(session.history(thread_id), messages) if r.status is Status.REVOKED]
     by_actor: dict[str, list[Retraction]] = defaultdict(list)
     for w in session.waiting(thread_id, messages, tools=tools):
-        if w.id in approved and not any(overlap(span, w.proposal.span) for span in undone):
+        again = any(overlap(r.span, w.proposal.span) and _same_policy(r, w.proposal) for r in undone)
+        if w.id in approved and not again:
             by_actor[approved[w.id]].append(w.proposal)
     for actor, proposals in by_actor.items():
         session.retract(thread_id, messages, tools=tools, proposals=proposals, actor=actor)
+
+
+def _same_policy(record: RetractionRecord, proposal: Retraction) -> bool:
+    return not {*record.policy.split("+")}.isdisjoint(proposal.policy.split("+"))
 
 
 _LISTS = {"approved", "denied", "actor"}

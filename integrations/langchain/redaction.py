@@ -271,4 +271,4 @@ def _anew(
         now=record.created_at,
         span_tokens=record.span_tokens,
     )
-    return replace(new, derived_from=record.retraction_id, status=Status.REVOKED if revoked else Status.EXACT)
+    return replace(new, derived_from=(record.retraction_id,), status=Status.REVOKED if revoked else Status.EXACT)

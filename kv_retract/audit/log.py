@@ -38,13 +38,14 @@ class AuditLog(Observer):
     Raises:
         AuditError: the file cannot be read and written, is no audit log, was damaged at its end, or is of a newer
             version. It is left as it is. `on_event` may raise it later, for the same reasons; also where the disk is
-            full, or the file is gone.
+            full, or the file is gone or shorter than what this log has written.
     """
 
     required: ClassVar[bool] = True
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self._seen = 0
         with naming(self.path, "written"):
             if not self.path.exists():
                 create(self.path, to_line(header(now())))
@@ -68,6 +69,7 @@ class AuditLog(Observer):
                 lines = to_line(newest)
             lines += to_line(self._entry(newest, fields))
             append(descriptor, lines, end=tail.end, torn=tail.torn)
+            self._seen = tail.end + len(lines)
 
     def _entry(self, newest: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -86,6 +88,11 @@ class AuditLog(Observer):
         except ValueError as error:
             raise AuditError(f"audit log {str(self.path)!r}: {error}") from error
         size, data = os.fstat(descriptor).st_size, b""
+        if size < self._seen:
+            raise AuditError(
+                f"audit log {str(self.path)!r} has {size} bytes and had {self._seen}: its end was cut off while it was "
+                "in use; keep the file for whoever looks into it, and move it aside to begin a new one"
+            )
         while data.count(b"\n") < 2 and len(data) < size:
             length = min(max(2 * len(data), _TAIL_BYTES), size)
             data = os.pread(descriptor, length, size - length)

@@ -201,7 +201,7 @@ class LocalEngine(Engine):
             return None
         kl = (wanted.exp() * (wanted - got)).sum(-1).mean()
         top1 = (wanted.argmax(-1) == got.argmax(-1)).float().mean()
-        return Divergence(kl=max(0.0, float(kl)), top1=float(top1), positions=num_last)
+        return Divergence(kl=float(kl.clamp(min=0)), top1=float(top1), positions=num_last)
 
     @abstractmethod
     def read_kv(self, key: ThreadKey, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:

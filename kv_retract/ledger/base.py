@@ -27,8 +27,13 @@ class Ledger(ABC):
         """Append records, all or none. One whose `retraction_id` is known already is left as it is, status too."""
 
     @abstractmethod
-    def set_status(self, thread_id: str, statuses: Mapping[str, Status]) -> None:
+    def set_status(self, thread_id: str, statuses: Mapping[str, Status], *, only: Status | None = None) -> None:
         """Change statuses by `retraction_id`, all or none.
+
+        Args:
+            thread_id: of the records.
+            statuses: the new ones.
+            only: leave records alone that have another status than this one now.
 
         Raises:
             LedgerError: the thread has no such retraction.
@@ -68,7 +73,7 @@ def new_records(known: Iterable[RetractionRecord], records: Iterable[RetractionR
 
 
 def with_statuses(
-    thread_id: str, records: Iterable[RetractionRecord], statuses: Mapping[str, Status]
+    thread_id: str, records: Iterable[RetractionRecord], statuses: Mapping[str, Status], only: Status | None = None
 ) -> list[RetractionRecord]:
     """Return the records that change, with their new status.
 
@@ -80,7 +85,11 @@ def with_statuses(
         raise LedgerError(
             f"thread {thread_id!r} has no retraction {missing[0]!r} among its {len(known)}; see Ledger.records"
         )
-    return [replace(known[i], status=Status(s)) for i, s in statuses.items() if known[i].status is not Status(s)]
+    return [
+        replace(known[i], status=Status(s))
+        for i, s in statuses.items()
+        if known[i].status is not Status(s) and (only is None or known[i].status is only)
+    ]
 
 
 def records_to_fork(

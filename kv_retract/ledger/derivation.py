@@ -274,7 +274,7 @@ def _nearest(clues: Iterable[Clue], max_hops: int) -> dict[Source, list[Clue]]:
 
 
 def _goes_on(source: Source) -> bool:
-    return source.root.cascade is Cascade.LINEAGE
+    return source.root.cascade == Cascade.LINEAGE
 
 
 def _evidence(place: _Place, clue: Clue) -> Evidence:

@@ -87,12 +87,12 @@ class Lineage:
             Derived proposals have policy, guarantee, scope and verify of the proposal that they were derived from, no
             notice, and no cascade of their own.
         """
-        if all(p.cascade is Cascade.NONE for p in proposals):
+        if all(p.cascade == Cascade.NONE for p in proposals):
             return Derived(tuple(proposals), ())
         taken = Taken(messages, records)
         # All of them are added, since whatever is taken back is no evidence.
         first = [p for p in dict.fromkeys(proposals) if taken.add(p)]
-        roots = [p for p in first if p.cascade is not Cascade.NONE]
+        roots = [p for p in first if p.cascade != Cascade.NONE]
         if not roots:
             return Derived(tuple(proposals), ())
         reading = Reading(
@@ -119,5 +119,5 @@ class Lineage:
             confidence=root.confidence * self.confidence_per_hop**target.hops,
             notice=None,
             cascade=Cascade.NONE,
-            derived_from=root.span,
+            derived_from=(root.span,),
         )

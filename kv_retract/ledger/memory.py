@@ -14,7 +14,7 @@ class MemoryLedger(Ledger):
 
     def __init__(self) -> None:
         self._threads: dict[str, dict[str, RetractionRecord]] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a stream that is collected as garbage may ask inside of a call
 
     def records(self, thread_id: str) -> tuple[RetractionRecord, ...]:
         """See the base class."""
@@ -26,10 +26,10 @@ class MemoryLedger(Ledger):
         with self._lock:
             self._put(thread_id, new_records(self._get(thread_id), records))
 
-    def set_status(self, thread_id: str, statuses: Mapping[str, Status]) -> None:
+    def set_status(self, thread_id: str, statuses: Mapping[str, Status], *, only: Status | None = None) -> None:
         """See the base class."""
         with self._lock:
-            self._put(thread_id, with_statuses(thread_id, self._get(thread_id), statuses))
+            self._put(thread_id, with_statuses(thread_id, self._get(thread_id), statuses, only))
 
     def fork(self, source: str, target: str) -> None:
         """See the base class."""

@@ -82,10 +82,10 @@ class SqliteLedger(Ledger, ClosesAroundForks):
         with self._writing() as db:
             self._insert(db, thread_id, new_records(self._fold(db, thread_id), added))
 
-    def set_status(self, thread_id: str, statuses: Mapping[str, Status]) -> None:
+    def set_status(self, thread_id: str, statuses: Mapping[str, Status], *, only: Status | None = None) -> None:
         """See the base class."""
         with self._writing() as db:
-            changed = with_statuses(thread_id, self._fold(db, thread_id), statuses)
+            changed = with_statuses(thread_id, self._fold(db, thread_id), statuses, only)
             db.executemany(
                 "INSERT INTO changes (thread_id, retraction_id, kind, data) VALUES (?, ?, 'status', ?)",
                 [(thread_id, r.retraction_id, r.status.value) for r in changed],

@@ -40,18 +40,22 @@ def standing(records: Sequence[RetractionRecord], messages: Sequence[Message]) -
 
 
 def _everywhere(records: Sequence[RetractionRecord], digests: Sequence[str]) -> list[RetractionRecord]:
-    """Place records of one message at every message that equals it; of two for one span, the one made there stays."""
+    """Place records of one message at every message that equals it.
+
+    Of two for one span the one made there stays; what is revoked and what is not stand beside each other.
+    """
     if not records:
         return []
     places: dict[str, list[int]] = defaultdict(list)
     for index, digest in enumerate(digests):
         places[window_digest([digest])].append(index)
-    placed: dict[SpanRef, RetractionRecord] = {}
+    placed: dict[tuple[SpanRef, bool], RetractionRecord] = {}
     for r in records:
         for index in places.get(r.window_digest, ()):
             span = replace(r.span, message=index)
-            if span == r.span or span not in placed:
-                placed[span] = replace(r, span=span)
+            key = (span, r.status is Status.REVOKED)
+            if span == r.span or key not in placed:
+                placed[key] = replace(r, span=span)
     return list(placed.values())
 
 
@@ -108,8 +112,10 @@ def record_for(
     scope = retraction.scope or (Scope.THREAD if retraction.guarantee is Guarantee.EXACT else Scope.BRANCH)
     size = 1 if scope is Scope.THREAD else len(messages) - span.message
     digest = window_digest([m.digest() for m in messages[span.message : span.message + size]])
-    # The index is part of the identity: of two equal messages, each has a retraction of its own.
+    # The index is part of the identity: of two equal messages, each has a retraction of its own. So are policy,
+    # guarantee and scope: what was undone and is taken back for another reason is another retraction.
     identity = [thread_id, digest, span.message, span.part, span.call, span.start, span.end]
+    identity += [retraction.policy, retraction.guarantee, scope]
     return RetractionRecord(
         retraction_id=hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16],
         span=span,

@@ -61,14 +61,17 @@ class RetractionPolicy(ABC):
         Raises:
             ValueError: `cascade` or `verify` is none that is known.
         """
+        return self.widened(self.propose(ctx))
+
+    def widened(self, found: list[Retraction]) -> list[Retraction]:
+        """Return proposals with `cascade` and `verify` of this policy; raises as `proposals`."""
         cascade = Cascade(self.cascade)
         if not 0 <= self.verify <= 1:
             raise ValueError(f"expected verify from 0 to 1, got {self.verify!r}")
-        found = self.propose(ctx)
         if cascade is Cascade.NONE and not self.verify:
             return found
         return [
-            replace(r, cascade=cascade.wider(r.cascade), verify=max(self.verify, r.verify))
+            replace(r, cascade=cascade.wider(Cascade(r.cascade)), verify=max(self.verify, r.verify))
             if isinstance(r, Retraction)
             else r
             for r in found

@@ -83,7 +83,7 @@ class RequireApproval(WrapperOfOne):
     def _asked(self, ctx: PolicyContext) -> Iterator[tuple[str, Retraction, bool]]:
         ids = None if callable(self.approved) else frozenset(self.approved)
         for policy in self.inner():
-            for retraction in policy.proposals(ctx):
+            for retraction in self.widened(policy.proposals(ctx)):
                 id = proposal_id(retraction, ctx.messages)
                 if ids is not None:
                     yield id, retraction, id in ids

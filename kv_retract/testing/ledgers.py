@@ -95,6 +95,14 @@ class LedgerConformance:
         ledger.set_status("u", {})
         assert ledger.threads() == ["t"]
 
+    def test_a_status_may_be_changed_only_where_it_still_is_what_it_was(self, ledger: Ledger) -> None:
+        """Compare and set: what another process has decided meanwhile stands."""
+        ledger.add("t", [record(1), record(2)])
+        ledger.set_status("t", {record(1).retraction_id: Status.REVOKED})
+        both = {record(n).retraction_id: Status.EXACT for n in (1, 2)}
+        ledger.set_status("t", both, only=Status.STEERED)
+        assert ledger.records("t") == (record(1, status=Status.REVOKED), record(2, status=Status.EXACT))
+
     def test_a_wrong_status_changes_nothing(self, ledger: Ledger) -> None:
         """All or none: an unknown id or status leaves also the others as they were."""
         ledger.add("t", [record(1), record(2)])

@@ -222,6 +222,11 @@ class LedgerThatForgetsStatuses(MemoryLedger):
             self._put(thread_id, records)
 
 
+class LedgerThatOverwrites(MemoryLedger):
+    def set_status(self, thread_id, statuses, *, only=None):
+        super().set_status(thread_id, statuses)
+
+
 class LedgerThatSharesForks(MemoryLedger):
     def fork(self, source, target):
         super().fork(source, target)
@@ -243,6 +248,10 @@ class TestLedgerThatAddsOneByOne(OfLedger):
 
 class TestLedgerThatForgetsStatuses(OfLedger):
     type = LedgerThatForgetsStatuses
+
+
+class TestLedgerThatOverwrites(OfLedger):
+    type = LedgerThatOverwrites
 
 
 class TestLedgerThatSharesForks(OfLedger):

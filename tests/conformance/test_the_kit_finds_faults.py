@@ -24,6 +24,7 @@ FOUND_BY = {
     "PolicyThatSaysNothing": ["it_proposes_something_in_the_example"],
     "LedgerThatAddsOneByOne": ["adding_is_all_or_nothing"],
     "LedgerThatForgetsStatuses": ["adding_again_changes_nothing"],
+    "LedgerThatOverwrites": ["a_status_may_be_changed_only_where_it_still_is_what_it_was"],
     "LedgerThatSharesForks": ["a_fork_copies_and_then_goes_its_own_way"],
     "LedgerThatOnlySaysItIsDurable": ["records_outlive_a_durable_ledger"],
     "EraserThatDrawsLots": ["twice_gives_the_same_states"],

@@ -136,7 +136,9 @@ def test_the_question_is_planned_with_the_tools_of_a_structured_answer(new_sessi
 
         text: str
 
-    session = new_session()
+    session, rendered = new_session(), []
+    stream = session.stream
+    session.stream = lambda *args, tools=None, **kw: (rendered.append(tools), stream(*args, tools=tools, **kw))[1]
     middleware = KVRetractApprovalMiddleware(session)
     model = ChatKVRetract(session=session, max_tokens=32)
     agent = create_agent(
@@ -144,7 +146,7 @@ def test_the_question_is_planned_with_the_tools_of_a_structured_answer(new_sessi
     )
     list(agent.stream(QUESTION, SHOP, interrupt_after=["model"]))
     assert [tool["function"]["name"] for tool in middleware._read_before[1]] == ["get_price", "Answer"]
-    assert middleware._read_before[1] == session._threads.latest("shop").tools
+    assert middleware._read_before[1] == rendered[-1]
 
 
 @dataclass(kw_only=True)
@@ -157,7 +159,7 @@ class QuoteLineage(Lineage):
             target = SpanRef(p.span.message + 1)
             evidence = Evidence(kind="value", source=p.span, target=SpanRef(target.message, start=10, end=16), weight=6)
             hops.append(Hop(kind="quote", source=p.span, target=target, evidence=(evidence,)))
-            derived.append(Retraction(span=target, policy=p.policy, reason="repeats it", derived_from=p.span))
+            derived.append(Retraction(span=target, policy=p.policy, reason="repeats it", derived_from=(p.span,)))
         return Derived((*proposals, *derived), tuple(hops))
 
 
@@ -174,7 +176,7 @@ def test_every_hop_of_a_cascade_is_in_the_question(supervised_shop, new_session)
     assert (evidence["kind"], evidence["weight"], evidence["source"]["message"]) == ("value", 6, 2)
     agent.invoke(Command(resume=True), SHOP)
     first, second = session.history("shop")
-    assert second.derived_from == first.retraction_id
+    assert second.derived_from == (first.retraction_id,)
 
 
 # -- the answer -----------------------------------------------------------------------------------------------------

@@ -174,7 +174,7 @@ def test_records_stand_on_the_changed_messages():
     after = to_messages(add_messages(messages, list(redaction.messages)))
     (anew,) = applicable([made, *redaction.records], after)
     assert text_of(anew.span, after) == PLACEHOLDER
-    assert (anew.status, anew.scope, anew.derived_from) == (Status.EXACT, Scope.THREAD, made.retraction_id)
+    assert (anew.status, anew.scope, anew.derived_from) == (Status.EXACT, Scope.THREAD, (made.retraction_id,))
     assert applicable([made, *redaction.records], to_messages(messages)) == (made,), "forks of older checkpoints"
 
 
@@ -183,7 +183,7 @@ def test_what_was_undone_stays_known_when_a_later_message_is_redacted():
     undone = record(SpanRef(1, "tool_call", 0, 2, 3), messages, status=Status.REVOKED)
     made = record(SpanRef(2), messages)
     redaction = redact(messages, [undone, made], thread_id="t")
-    assert {r.derived_from: r.status for r in redaction.records} == {
+    assert {r.derived_from[0]: r.status for r in redaction.records} == {
         undone.retraction_id: Status.REVOKED,
         made.retraction_id: Status.EXACT,
     }
@@ -258,7 +258,7 @@ async def test_an_agent_reads_on_without_what_its_state_lost(redacting_shop, how
     assert result("12 EUR") not in "".join(texts)
     # Nobody takes the placeholder back: two retractions, and two for the changed messages.
     history = session.history("shop")
-    assert [r.derived_from for r in history if r.derived_from] == [
+    assert [r.derived_from[0] for r in history if r.derived_from] == [
         r.retraction_id for r in history if not r.derived_from
     ]
     assert len(history) == 4

@@ -122,7 +122,7 @@ def test_a_derived_proposal_is_like_its_root_and_says_where_it_comes_from():
         ("p", Guarantee.EXACT, Scope.THREAD, 0.5, None)
     }
     assert {p.reason for p in new} == {"derived from a retracted span: stale"}
-    assert {p.cascade for p in new} == {Cascade.NONE} and {p.derived_from for p in new} == {root.span}
+    assert {p.cascade for p in new} == {Cascade.NONE} and {p.derived_from for p in new} == {(root.span,)}
     assert [p.confidence for p in new] == [0.4, 0.4, 0.2, 0.1, 0.1, 0.05, 0.025]
 
 
@@ -304,7 +304,7 @@ def test_each_root_has_its_own_hops_and_reach():
     assert [(h.kind, h.source.message, h.target.message) for h in found.hops] == [
         ("quote", 0, 2), ("quote", 1, 2), ("call", 0, 2), ("call", 1, 2), ("result", 2, 3)
     ]  # fmt: skip
-    assert [p.derived_from.message for p in found.proposals[2:]] == [0, 1, 0, 1, 1]
+    assert [p.derived_from[0].message for p in found.proposals[2:]] == [0, 1, 0, 1, 1]
 
 
 def test_many_roots_of_one_value_leave_the_strongest():

@@ -81,10 +81,19 @@ def test_the_scope_follows_the_guarantee():
 def test_ids_name_the_thread_and_the_place():
     messages = texts(4)
     base = record(messages, 1)
-    assert base.retraction_id == record(messages, 1, policy="other", notice="n").retraction_id
+    assert base.retraction_id == record(messages, 1, reason="other", notice="n").retraction_id
     assert len(base.retraction_id) == 16 and int(base.retraction_id, 16) >= 0
     others = [record(messages, 2), record(messages[:3], 1), record(messages, 1, span=SpanRef(1, start=2))]
-    assert len({r.retraction_id for r in [base, *others]}) == 4
+    others += [record(messages, 1, policy="other"), record(messages, 1, guarantee=Guarantee.EXACT, scope=Scope.BRANCH)]
+    assert len({r.retraction_id for r in [base, *others]}) == 6
+
+
+def test_what_was_undone_and_what_took_its_place_stand_beside_each_other():
+    messages = texts(4)
+    undone = dataclasses.replace(record(messages, 3, scope=Scope.THREAD), status=Status.REVOKED)
+    anew = record(messages, 3, policy="other", scope=Scope.THREAD)
+    assert set(standing([undone, anew], messages)) == set(standing([anew, undone], messages)) == {undone, anew}
+    assert applicable([undone, anew], messages) == (anew,)
 
 
 @pytest.mark.parametrize("index", [-1, 4])

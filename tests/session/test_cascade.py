@@ -73,9 +73,9 @@ def test_undoing_the_root_brings_everything_back(loaded, request):
     session = session_on(loaded, request.node.name, "lineage", notify=True)
     session.engine.extend(session.key("t", THREAD))
     session.step("t", THREAD, sampling=SHORT)
-    [root] = [r for r in session.history("t") if r.derived_from is None]
+    [root] = [r for r in session.history("t") if not r.derived_from]
     assert root.span == SpanRef(3) and root.notice
-    assert all(r.derived_from == root.retraction_id and r.notice is None for r in session.history("t") if r != root)
+    assert all(r.derived_from == (root.retraction_id,) and r.notice is None for r in session.history("t") if r != root)
     assert len(session.undo("t", root.retraction_id)) == len(session.history("t")) == 5
     assert {r.status for r in session.history("t")} == {Status.REVOKED}
     read = session.renderer.decode(session.key("t", THREAD).ids.tolist())

@@ -409,3 +409,158 @@ def test_what_a_thread_read_is_let_go_of_once_nobody_heals_it(open_session):
     assert session._threads.latest("plain") is None and session._threads.latest("t") is not None
     session.healer.run()
     assert session._threads.latest("t") is None
+
+
+def cached_secret(session, messages, marker):
+    """Whether any path of the session's namespace holds the marker's text."""
+    index = session.engine.manager.index
+    found, stack = [], [(node, ()) for node in [index._roots.get(session.extra_key)] if node is not None]
+    while stack:
+        node, before = stack.pop()
+        ids = (*before, *(int(i) for i in node.ids))
+        stack += [(child, ids) for child in node.children.values()]
+        if not node.children:
+            found.append(session.renderer.decode([i for i in ids if i >= 0]))
+    return any(marker in text for text in found)
+
+
+def test_an_exact_retraction_forgets_a_heal_that_is_half_done(open_session):
+    session = open_session()
+    messages = steered(session)
+    session.healer.run(max_tokens=100)
+    assert cached_secret(session, messages, "marker-3-t")
+    session.retract("t", messages, proposals=[of_message(3, guarantee=Guarantee.EXACT)])
+    assert not cached_secret(session, messages, "marker-3-t")
+    session.healer.run()
+    assert not cached_secret(session, messages, "marker-3-t")
+
+
+def test_an_exact_retraction_during_a_chunk_leaves_nothing_of_it(open_session):
+    session = open_session()
+    messages = steered(session)
+    session.healer.run(max_tokens=60)
+    prefill = session.engine.prefill
+
+    def meanwhile(key):
+        if session.history("t")[-1].guarantee is not Guarantee.EXACT:
+            session.retract("t", messages, proposals=[of_message(3, guarantee=Guarantee.EXACT)])
+        return prefill(key)
+
+    session.engine.prefill = meanwhile
+    try:
+        session.healer.run()
+    finally:
+        del session.engine.prefill
+    assert not cached_secret(session, messages, "marker-3-t")
+
+
+def test_an_exact_retraction_forgets_what_was_undone_before_it(open_session):
+    session = open_session()
+    messages = steered(session)
+    session.undo("t", session.history("t")[0].retraction_id)
+    session.step("t", messages, sampling=SHORT)
+    session.retract("t", messages, proposals=[of_message(3, guarantee=Guarantee.EXACT)])
+    assert not cached_secret(session, messages, "marker-3-t")
+
+
+def test_what_is_taken_back_again_for_a_stronger_reason_is_another_retraction(open_session):
+    session = open_session()
+    messages = thread()
+    session.engine.extend(session.key("t", messages))
+    last = len(messages) - 1
+    session.planner.protect_newest_user = False
+    session.retract("t", messages, proposals=[of_message(last, policy="a")])
+    session.undo("t", session.history("t")[0].retraction_id)
+    secret = of_message(last, policy="secret", guarantee=Guarantee.EXACT)
+    session.retract("t", messages, proposals=[secret])
+    assert [(r.policy, r.status) for r in session.history("t")] == [("a", Status.REVOKED), ("secret", Status.EXACT)]
+    again = [*messages, Message("assistant", "ok"), messages[last]]  # an equal message comes later
+    read = session.renderer.decode([i for i in session.key("t", again).ids.tolist() if i >= 0])
+    assert f"marker-{last}-x" not in read
+
+
+def test_threads_that_evict_each_other_are_healed_one_after_the_other():
+    session = KVRetractSession.from_pretrained(
+        "random", max_tokens=2600, planner=Planner(exact_suffix=0), healing=Healing(background=False, chunk_tokens=64)
+    )
+    for name in "abc":
+        steered(session, name, messages=thread(36, name))
+    tokens = session.healer.run(max_tokens=20_000)
+    assert session.healer.pending() == 0 and tokens < 8000
+    session.engine.check_integrity()
+
+
+def test_patience_begins_with_the_work_and_not_with_the_last_chunk(open_session):
+    session = open_session(healing=Healing(chunk_tokens=16, patience_s=0.2))
+    steered(session, "first")
+    assert session.healer.wait(30)
+    time.sleep(0.5)
+    before = len(session.notes.of(Healed))
+    stream = session.stream("busy", thread(name="busy"), sampling=SamplingParams(max_tokens=300))
+    next(stream)
+    steered(session, "t")
+    calls, prefill = [], session.engine.prefill
+    session.engine.prefill = lambda key: (calls.append(time.monotonic()), prefill(key))[1]
+    began = time.monotonic()
+    try:
+        time.sleep(0.1)
+        assert not calls or calls[0] - began > 0.05
+    finally:
+        del session.engine.prefill
+        stream.close()
+    assert session.healer.wait(30) and len(session.notes.of(Healed)) == before + 1
+
+
+def test_a_ledger_that_fails_does_not_make_the_healer_spin(open_session, monkeypatch, caplog):
+    session = open_session(healing=Healing(patience_s=0.1))
+    monkeypatch.setattr(session.healer, "_view", lambda *a: (_ for _ in ()).throw(RuntimeError("broken")))
+    steered(session)
+    assert session.healer.wait(10)
+    assert caplog.text.count("healing failed") <= 3
+
+
+def test_an_undo_while_the_divergence_is_measured_leaves_the_rest_to_be_healed(open_session):
+    session = open_session()
+    messages = thread()
+    session.engine.extend(session.key("t", messages))
+    session.retract("t", messages, proposals=[of_message(2), of_message(5)])
+    session.step("t", messages, sampling=SHORT)
+    undone, divergence = session.history("t")[1].retraction_id, session.engine.divergence
+    session.engine.divergence = lambda *a: (session.undo("t", undone), divergence(*a))[1]
+    try:
+        session.healer.run()
+    finally:
+        del session.engine.divergence
+    assert [r.status for r in session.history("t")] == [Status.EXACT, Status.REVOKED]
+
+
+def test_a_thread_that_is_offered_while_it_is_planned_is_not_lost(open_session):
+    session = open_session()
+    session.engine.extend(session.key("t", messages := thread()))
+    begin, done = session.healer._begin, []
+
+    def late(thread_id):
+        task = begin(thread_id)
+        if not done:
+            done.append(True)
+            session.retract("t", messages, proposals=[of_message(2)])
+        return task
+
+    session.healer._begin = late
+    session.healer.offer("t")
+    session.healer.run()
+    assert session.history("t")[0].status is Status.EXACT
+
+
+def test_a_session_may_be_closed_while_it_streams(loaded, request, tmp_path):
+    notes = Notes()
+    session = KVRetractSession(
+        loaded.engine, loaded.renderer, extra_key=request.node.name, ledger=tmp_path / "l.sqlite",
+        healing=Healing(), observers=[notes],
+    )  # fmt: skip
+    stream = session.stream("t", thread(), sampling=SamplingParams(max_tokens=5))
+    next(stream)
+    session.close()
+    for _ in stream:
+        pass
+    assert [event.finish_reason for event in notes.events] == ["length"]

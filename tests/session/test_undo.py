@@ -119,10 +119,10 @@ def test_undo_takes_back_the_cascade_too(loaded, request):
     session = session_on(loaded, request.node.name)
     messages = thread()
     session.step("t", messages, sampling=SHORT)
-    derived = of_message(4, derived_from=SpanRef(2))
+    derived = of_message(4, derived_from=(SpanRef(2),))
     session.retract("t", messages, proposals=[of_message(2), derived, of_message(6)])
     root, quote, other = session.history("t")
-    assert quote.derived_from == root.retraction_id and other.derived_from is None
+    assert quote.derived_from == (root.retraction_id,) and other.derived_from == ()
     undone = session.undo("t", root.retraction_id)
     assert {r.retraction_id for r in undone} == {root.retraction_id, quote.retraction_id}
     assert {r.span.message: r.status for r in session.history("t")} == {
@@ -134,7 +134,7 @@ def test_undo_of_what_was_derived_leaves_the_rest(loaded, request):
     session = session_on(loaded, request.node.name)
     messages = thread()
     session.step("t", messages, sampling=SHORT)
-    session.retract("t", messages, proposals=[of_message(2), of_message(4, derived_from=SpanRef(2))])
+    session.retract("t", messages, proposals=[of_message(2), of_message(4, derived_from=(SpanRef(2),))])
     root, quote = session.history("t")
     session.undo("t", quote.retraction_id)
     assert [r.status for r in session.history("t")] == [Status.STEERED, Status.REVOKED]
@@ -246,3 +246,49 @@ def test_what_waits_for_approval_is_listed_with_its_plan_until_it_is_decided(loa
     [record] = session.history("t")
     session.undo("t", record.retraction_id)
     assert session.waiting("t", messages) == ()  # revoked: the policy may not take it back again
+
+
+def test_a_cascade_of_two_roots_comes_back_with_the_last_of_them(loaded, request):
+    session = session_on(loaded, request.node.name)
+    messages = thread()
+    session.step("t", messages, sampling=SHORT)
+    quotes = [of_message(6, derived_from=(SpanRef(i),)) for i in (2, 4)]
+    session.retract("t", messages, proposals=[of_message(2), of_message(4), *quotes])
+    first, second, quote = session.history("t")
+    assert quote.derived_from == (first.retraction_id, second.retraction_id)
+    assert [r.retraction_id for r in session.undo("t", first.retraction_id)] == [first.retraction_id]
+    assert {r.retraction_id for r in session.undo("t", second.retraction_id)} == {
+        second.retraction_id, quote.retraction_id,
+    }  # fmt: skip
+
+
+def test_observers_and_ledger_are_closed_also_where_one_observer_fails(loaded, request, tmp_path):
+    closed = []
+
+    class Fails(Notes):
+        def close(self):
+            closed.append(self)
+            raise OSError("cannot close")
+
+    session = session_on(loaded, request.node.name, observers=[Fails(), Fails()], ledger=tmp_path / "l.sqlite")
+    with pytest.raises(OSError, match="cannot close"):
+        session.close()
+    assert len(closed) == 2
+    with pytest.raises(LedgerError, match="closed"):
+        session.history("t")
+
+
+def test_failures_of_policies_are_told_without_what_they_read(loaded, request):
+    class Fails(RetractionPolicy):
+        name = "fails"
+
+        def propose(self, ctx):
+            raise ValueError(ctx.messages[1].content)
+
+    notes = Notes()
+    session = session_on(loaded, request.node.name, policies=[Fails()], on_policy_failure="skip", observers=[notes])
+    session.plan("t", thread())
+    assert not notes.events and not session.policy_failures("t")
+    session.step("t", thread(), sampling=SHORT)
+    assert "marker-1" in session.policy_failures("t")[0].message
+    assert notes.events[0].failures[0].policy == "fails" and "marker" not in repr(notes.events)
