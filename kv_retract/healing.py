@@ -38,7 +38,7 @@ class Healing:
     """Heal in a thread of its own. Else only `Healer.run` does: call it while a tool runs, or from a scheduler."""
     tokens_per_second: float | None = None
     """Most tokens that healing sends through the model, on the average. None: as many as there is time for."""
-    chunk_tokens: int = 128
+    chunk_tokens: int = 64
     """Tokens of one forward pass. A step that begins meanwhile waits for its end, so this bounds the delay."""
     most_tokens: int = 65_536
     """Most tokens that unfinished heals may hold in the cache beside the steered threads. A thread whose rest alone
@@ -197,33 +197,31 @@ class Healer:
             self._closed = True
             worker, self._worker = self._worker, None
             self._work.notify_all()
+        self._threads.wake()
         if worker is not None and worker is not threading.current_thread():
             worker.join()
 
     # -- the worker -------------------------------------------------------------------------------------------------
 
     def _go_on(self) -> None:
-        impatient_at = time.monotonic() + self.healing.patience_s
         while True:
             with self._work:
+                if not (self._closed or self._waiting or self._tasks):
+                    self._work.wait()
+                    continue
+            # Patience begins with the work, and anew with every chunk.
+            self._threads.wait_quiet(self.healing.patience_s)
+            with self._work:
+                if not self._closed and (left := self._free_at - time.monotonic()) > 0:
+                    self._work.wait(left)
+                    continue
                 if self._closed:
                     return
-                if not (self._waiting or self._tasks):
-                    self._work.wait(60.0)
-                    impatient_at = time.monotonic() + self.healing.patience_s
-                    continue
-                now = time.monotonic()
-                busy = not self._threads.is_quiet() and now < impatient_at
-                if busy or now < self._free_at:
-                    # Steps do not wake the healer; a short nap costs nothing and is as long as a chunk.
-                    self._work.wait(0.002 if busy else min(self._free_at - now, 0.1))
-                    continue
             try:
                 tokens = self._advance()
             except Exception as error:  # of the engine or a required observer; the thread stays steered
                 log.warning("healing failed: %s", type(error).__name__)
                 tokens = 0
-            impatient_at = time.monotonic() + self.healing.patience_s
             if tokens and self.healing.tokens_per_second is not None:
                 self._free_at = max(self._free_at, time.monotonic()) + tokens / self.healing.tokens_per_second
 

@@ -101,6 +101,7 @@ class KVRetractSession:
         self._threads = ThreadTable()
         self._books = Bookkeeper(self.ledger, self._observers, self._threads)
         self._last_erase: dict[str, EraseResult] = {}
+        self._drawn: set[str] = set()  # threads with an edit that is to be verified, until the healer has them
         self.healer = Healer(
             healing or Healing(every_thread=False),
             engine, self._books, self._threads, self._view, self._observers.tell,
@@ -140,8 +141,6 @@ class KVRetractSession:
         engine = HFEngine(loaded.model, max_tokens=max_tokens, page_size=page_size, name=loaded.name)
         return cls(engine, Renderer(loaded.tokenizer), **session)
 
-    # -- the step ---------------------------------------------------------------------------------------------------
-
     def step(
         self,
         thread_id: str,
@@ -173,13 +172,12 @@ class KVRetractSession:
         logits_processor: LogitsProcessor | None = None,
     ) -> Iterator[StepDelta]:
         """As `step`, in pieces. Closing the iterator stops decoding."""
-        watch = StepWatch(thread_id, self.engine.spec.name)
+        watch, ready = StepWatch(thread_id, self.engine.spec.name), partial(self._ready, thread_id, messages, tools)
         try:
             with self._threads.step():
-                plan = self.retract(thread_id, messages, tools=tools)
+                plan = self._take_back(thread_id, messages, tools)
                 watch.retracted()
                 with self._threads.streaming(thread_id):
-                    ready = partial(self._ready, thread_id, messages, tools)
                     for delta in stream_thread(self.engine, self.renderer, ready, plan, sampling, logits_processor):
                         watch.saw(delta)
                         if delta.result is not None:
@@ -234,21 +232,11 @@ class KVRetractSession:
             PolicyError: a policy failed, and `on_policy_failure` is `raise`.
             ThreadBusyError: the thread is streaming an answer and there is something to retract.
         """
-        verify = False
         with self._threads.step():
             try:
-                with self._threads.lock:
-                    self._threads.remember(thread_id, messages, tools)  # stops a heal of what it read before
-                    plan, view, known = self._plan(thread_id, messages, tools, proposals, told=True)
-                    self._last_erase.pop(thread_id, None)
-                    verify = any(span.verify for span in plan.spans)
-                    if plan.spans:
-                        who = actor or ("policy" if proposals is None else "caller")
-                        self._books.record(plan, messages, known, who)
-                        self._erase(view, plan, known)
+                return self._take_back(thread_id, messages, tools, proposals, actor)
             finally:
-                self._offer(thread_id, verify=verify)
-        return plan
+                self._offer(thread_id)
 
     def undo(self, thread_id: str, retraction_id: str, *, actor: str = "caller") -> tuple[RetractionRecord, ...]:
         """Revoke a retraction, and what its cascade brought: the next step reads the originals again (DESIGN D12).
@@ -288,8 +276,6 @@ class KVRetractSession:
         with self._threads.lock:
             return self._view(thread_id, messages, tools, add_generation_prompt).key
 
-    # -- state ------------------------------------------------------------------------------------------------------
-
     def policy_failures(self, thread_id: str) -> tuple[PolicyFailure, ...]:
         """Return which policies gave nothing before the newest step of a thread, because they were late or failed."""
         return self._failures.get(thread_id, ())
@@ -326,20 +312,13 @@ class KVRetractSession:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # -- parts of a step --------------------------------------------------------------------------------------------
-
     def _view(
         self, thread_id: str, messages: Sequence[Message], tools: Tools | None, add_generation_prompt: bool = True
     ) -> ThreadView:
         return view_thread(
-            self.engine,
-            self.renderer,
-            self.ledger.records(thread_id),
-            messages,
-            tools=tools,
-            add_generation_prompt=add_generation_prompt,
-            extra_key=self.extra_key,
-        )
+            self.engine, self.renderer, self.ledger.records(thread_id), messages,
+            tools=tools, add_generation_prompt=add_generation_prompt, extra_key=self.extra_key,
+        )  # fmt: skip
 
     def _plan(
         self,
@@ -355,6 +334,7 @@ class KVRetractSession:
         if proposals is None:
             proposals, failures = self._asker.ask(self.policies, context_of(thread_id, messages, view))
             if told:
+                self._failures.pop(thread_id, None)
                 self._fail(thread_id, failures)
         plan = plan_for(
             view, proposals, known,
@@ -362,6 +342,25 @@ class KVRetractSession:
             notify=self.notify,
         )  # fmt: skip
         return plan, view, known
+
+    def _take_back(
+        self,
+        thread_id: str,
+        messages: Sequence[Message],
+        tools: Tools | None,
+        proposals: Sequence[Retraction] | None = None,
+        actor: str | None = None,
+    ) -> RetractionPlan:
+        with self._threads.lock:
+            self._threads.remember(thread_id, messages, tools)  # stops a heal of what it read before
+            plan, view, known = self._plan(thread_id, messages, tools, proposals, told=True)
+            self._last_erase.pop(thread_id, None)
+            if plan.spans:
+                self._books.record(plan, messages, known, actor or ("policy" if proposals is None else "caller"))
+                if any(span.verify for span in plan.spans):
+                    self._drawn.add(thread_id)
+                self._erase(view, plan, known)
+            return plan
 
     def _ready(self, thread_id: str, messages: Sequence[Message], tools: Tools | None) -> ThreadView:
         """Return what is about to be answered; what is no longer cached of it is rebuilt exactly, so say so."""
@@ -371,7 +370,6 @@ class KVRetractSession:
             return view
 
     def _fail(self, thread_id: str, failures: tuple[PolicyFailure, ...]) -> None:
-        self._failures.pop(thread_id, None)
         if failures:
             self._failures[thread_id] = failures
             silent = tuple(replace(failure, message="") for failure in failures)
@@ -388,12 +386,14 @@ class KVRetractSession:
         if erased.exact:
             self._books.set_status(plan.thread_id, steered, "session", "no room")
 
-    def _offer(self, thread_id: str, *, verify: bool = False) -> None:
+    def _offer(self, thread_id: str) -> None:
         """Hand a thread to the healer where something of it is steered and it may be healed."""
         if self._closed:
             return
-        wanted = verify or self.healer.healing.every_thread or self.healer.wants(thread_id)
+        drawn = thread_id in self._drawn
+        wanted = drawn or self.healer.healing.every_thread or self.healer.wants(thread_id)
         if wanted and any(r.status is Status.STEERED for r in self.ledger.records(thread_id)):
-            self.healer.offer(thread_id, first=verify)
+            self._drawn.discard(thread_id)
+            self.healer.offer(thread_id, first=drawn)
         else:
             self._threads.forget(thread_id)

@@ -35,6 +35,7 @@ class ThreadTable:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
+        self._quiet = threading.Condition(self.lock)
         self._streams: Counter[str] = Counter()
         self._deletions: Counter[str] = Counter()
         self._steps = 0
@@ -50,6 +51,8 @@ class ThreadTable:
         finally:
             with self.lock:
                 self._steps -= 1
+                if not self._steps:
+                    self._quiet.notify_all()
 
     @contextmanager
     def streaming(self, thread_id: str) -> Iterator[None]:
@@ -68,9 +71,16 @@ class ThreadTable:
         """Whether an answer to the thread is being decoded."""
         return bool(self._streams[thread_id])
 
-    def is_quiet(self) -> bool:
-        """Whether no step of any thread is at work."""
-        return not self._steps
+    def wait_quiet(self, timeout_s: float) -> None:
+        """Wait until no step of any thread is at work, `wake` is called, or the time is over."""
+        with self.lock:
+            if self._steps:
+                self._quiet.wait(timeout_s)
+
+    def wake(self) -> None:
+        """End the waiting of all."""
+        with self.lock:
+            self._quiet.notify_all()
 
     def remember(
         self, thread_id: str, messages: Sequence[Message], tools: Tools | None, answer: Message | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import ClassVar, get_args
 
 from ..errors import PolicyError
@@ -19,6 +20,10 @@ SECRET_KINDS = tuple(dict.fromkeys(kind.name for kind in KINDS))
 _ON_REQUEST = ("e-mail address", "phone number")
 DEFAULT_SECRET_KINDS = tuple(name for name in SECRET_KINDS if name not in _ON_REQUEST)
 """Those that are looked for unless you choose: an agent often needs addresses and numbers to do its work."""
+
+
+_KEPT = 4096
+"""Texts whose finds are kept."""
 
 
 @dataclass(kw_only=True)
@@ -92,14 +97,15 @@ class ExposedSecret(RetractionPolicy):
     arguments: bool = True
     """Whether the arguments of tool calls are looked at too."""
     guarantee: Guarantee = Guarantee.EXACT
-    _detector: SecretDetector = field(init=False, repr=False, compare=False)
+    _detector: Detector = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Accept the guarantee as text; raises PolicyError where a parameter is not what it should be."""
         self.guarantee = Guarantee(self.guarantee)
         check_roles(self.roles)
         check_share("min_confidence", self.min_confidence)
-        self._detector = SecretDetector(kinds=self.kinds, allow=self.allow)
+        # A thread only grows: before every step all but its newest texts come again.
+        self._detector = lru_cache(maxsize=_KEPT)(SecretDetector(kinds=self.kinds, allow=self.allow))
 
     def propose(self, ctx: PolicyContext) -> list[Retraction]:
         """Return the values in message order, contents before arguments.
