@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from kv_retract.cache.base import ThreadKey
 from kv_retract.engine.base import ExtendResult, LocalEngine
 from kv_retract.erasers.base import ERASERS
 from kv_retract.errors import KVRetractError
-from kv_retract.ledger.render import Renderer, Rendering
+from kv_retract.ledger.render import Renderer
 from kv_retract.planner import Planner
 from kv_retract.session import KVRetractSession
 from kv_retract.types import Message, Retraction, RetractionPlan
@@ -89,41 +88,6 @@ class Arm:
         for key in reversed(self._used):
             self._engine.drop(key, 0)
         self._used.clear()
-
-
-class MemoRenderer(Renderer):
-    """A renderer that remembers its newest results: every arm renders the same messages.
-
-    Args:
-        tokenizer: as for `Renderer`.
-        size: how many renderings to keep.
-    """
-
-    def __init__(self, tokenizer: Any, *, size: int = 16) -> None:
-        self._size = size
-        self._memo: OrderedDict[Any, tuple[Rendering, Any]] = OrderedDict()
-        super().__init__(tokenizer)  # renders a first time
-
-    def render(
-        self,
-        messages: Sequence[Message],
-        *,
-        tools: Tools | None = None,
-        notices: Mapping[int, str] | None = None,
-        add_generation_prompt: bool = True,
-    ) -> Rendering:
-        """As `Renderer.render`; `tools` are told apart by identity, so they must not change while they are in use."""
-        key = (tuple(messages), id(tools), tuple(sorted((notices or {}).items())), add_generation_prompt)
-        if key not in self._memo:
-            rendering = super().render(
-                messages, tools=tools, notices=notices, add_generation_prompt=add_generation_prompt
-            )
-            # Holding on to the tools keeps another object from taking their identity.
-            self._memo[key] = (rendering, tools)
-            if len(self._memo) > self._size:
-                self._memo.popitem(last=False)
-        self._memo.move_to_end(key)
-        return self._memo[key][0]
 
 
 def clock(device: str) -> float:

@@ -118,8 +118,9 @@ class _Replay:
     def __init__(self, settings: ReplaySettings) -> None:
         from kv_retract.engine.hf import HFEngine
         from kv_retract.engine.models import load_model
+        from kv_retract.ledger.render import Renderer
 
-        from .arms import REFERENCE, Arm, MemoRenderer
+        from .arms import REFERENCE, Arm
         from .walk import Walker
 
         self._settings = settings
@@ -129,7 +130,7 @@ class _Replay:
         loaded = load_model(settings.model, device=settings.device, dtype=settings.dtype, seed=settings.seed)
         pool_tokens = settings.pool_tokens or POOL_TOKENS_PER_ARM * len(specs)
         engine = HFEngine(loaded.model, max_tokens=pool_tokens, name=loaded.name)
-        renderer = MemoRenderer(loaded.tokenizer)
+        renderer = Renderer(loaded.tokenizer)
         self._arms = [Arm(spec, engine, renderer) for spec in specs]
         # All arms hold the thread at once; eviction of one would make it exact and spoil the comparison.
         room = min(engine.spec.max_positions, pool_tokens // len(specs)) - 2 * settings.score_tokens

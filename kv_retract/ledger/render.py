@@ -27,9 +27,6 @@ __all__ = ["Renderer", "Rendering"]
 
 Tools = Sequence[Mapping[str, Any]]
 
-_KEPT = 16
-"""Newest renderings that a renderer keeps."""
-
 
 class Renderer:
     """Renders threads with one tokenizer.
@@ -38,6 +35,7 @@ class Renderer:
         tokenizer: a fast transformers tokenizer with a chat template.
         template_kwargs: further variables for the template, such as `{"enable_thinking": False}`.
         tool_call_format: how the model writes tool calls: a registered name. None: guessed from the template.
+        keep: how many of the newest renderings are kept for those who ask again.
 
     Raises:
         ValueError: the tokenizer has no chat template or gives no character offsets.
@@ -50,6 +48,7 @@ class Renderer:
         *,
         template_kwargs: Mapping[str, Any] | None = None,
         tool_call_format: str | None = None,
+        keep: int = 16,
     ) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(
@@ -69,7 +68,7 @@ class Renderer:
             if tool_call_format
             else format_for_template(str(tokenizer.chat_template))
         )
-        self._recent: deque[tuple[Any, Rendering]] = deque(maxlen=_KEPT)
+        self._recent: deque[tuple[Any, Rendering]] = deque(maxlen=keep)
         self._silent = {i for text, i in self._specials.items() if text not in self.tool_calls.keep}
         self.stop_token_ids: tuple[int, ...] = self._stop_token_ids()
         """Ids that end an assistant turn: the end-of-text token, and what the template writes behind an answer."""

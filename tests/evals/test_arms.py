@@ -7,7 +7,7 @@ from kv_retract.engine.hf import HFEngine
 from kv_retract.engine.models import load_model
 from kv_retract.erasers import MaskEraser
 from kv_retract.errors import SpanError, UnknownNameError
-from kv_retract.evals.arms import Arm, ArmError, MemoRenderer, clock
+from kv_retract.evals.arms import Arm, ArmError, clock
 from kv_retract.evals.specs import Spec
 from kv_retract.ledger.render import Renderer
 from kv_retract.types import Message, Retraction, SpanRef
@@ -27,7 +27,7 @@ def loaded():
 
 @pytest.fixture(scope="module")
 def renderer(loaded):
-    return MemoRenderer(loaded.tokenizer, size=4)
+    return Renderer(loaded.tokenizer)
 
 
 @pytest.fixture
@@ -98,36 +98,6 @@ def test_an_eraser_that_fails_is_named_and_the_cache_stays_whole(engine, rendere
 def test_an_eraser_must_be_known(engine, renderer):
     with pytest.raises(UnknownNameError, match="unknown eraser 'wipe'"):
         Arm(Spec("wipe"), engine, renderer)
-
-
-def test_a_remembered_rendering_equals_a_new_one(loaded, renderer):
-    plain = Renderer(loaded.tokenizer)
-    tools = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}]
-    calls = [
-        dict(messages=THREAD),
-        dict(messages=THREAD, add_generation_prompt=False),
-        dict(messages=THREAD, tools=tools),
-        dict(messages=THREAD, notices={1: "withdrawn"}),
-        dict(messages=THREAD[:2]),
-    ]
-    for call in (*calls, *reversed(calls)):
-        arguments = dict(call)
-        messages = arguments.pop("messages")
-        again = renderer.render(messages, **arguments)
-        assert again.ids.tolist() == plain.render(messages, **arguments).ids.tolist()
-        assert renderer.render(list(messages), **arguments) is again
-
-
-def test_only_the_newest_renderings_are_remembered(loaded):
-    renderer = MemoRenderer(loaded.tokenizer, size=2)
-    first = renderer.render(THREAD)
-    renderer.render(THREAD[:2])
-    assert renderer.render(THREAD) is first
-    renderer.render(THREAD[:1])
-    assert renderer.render(THREAD) is first, "it was used since"
-    renderer.render(THREAD[:2])
-    renderer.render(THREAD[:1])
-    assert renderer.render(THREAD) is not first
 
 
 def test_the_clock_runs_in_seconds():

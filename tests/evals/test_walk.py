@@ -6,9 +6,10 @@ import pytest
 
 from kv_retract.engine.hf import HFEngine
 from kv_retract.engine.models import load_model
-from kv_retract.evals.arms import Arm, MemoRenderer
+from kv_retract.evals.arms import Arm
 from kv_retract.evals.specs import Spec
 from kv_retract.evals.walk import Walker
+from kv_retract.ledger.render import Renderer
 from kv_retract.policies import Explicit, ToolErrorRecovered
 from kv_retract.trace import Trace
 from kv_retract.trace.chat import messages_from_chat
@@ -23,7 +24,7 @@ def loaded():
 @pytest.fixture
 def make_walker(loaded):
     def make(policies=(), arms=("mask", "recompute"), pool=4096, max_context=1000, score_tokens=8):
-        engine, renderer = HFEngine(loaded.model, max_tokens=pool), MemoRenderer(loaded.tokenizer)
+        engine, renderer = HFEngine(loaded.model, max_tokens=pool), Renderer(loaded.tokenizer)
         policies = policies or [ToolErrorRecovered()]
         made = [Arm(Spec(name), engine, renderer) for name in arms]
         walker = Walker(made, renderer, policies, max_context=max_context, score_tokens=score_tokens)

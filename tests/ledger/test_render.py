@@ -270,3 +270,13 @@ def test_a_rendering_is_kept_for_those_who_ask_again_and_does_not_follow_a_list_
     assert renderer.render(messages, tools=tools).text != with_tools.text
     messages.append(Message("user", "And item 6?"))
     assert rendering.interval(SpanRef(1))[0] < rendering.interval(SpanRef(1))[1] <= len(rendering.ids)
+
+
+def test_only_the_newest_renderings_are_kept(renderers):
+    renderer = Renderer(renderers["chatml"].tokenizer, keep=2)
+    first = renderer.render(THREAD[:2])
+    renderer.render(THREAD[:5])
+    assert renderer.render(THREAD[:2]) is first
+    renderer.render(THREAD[:6])
+    again = renderer.render(THREAD[:2])
+    assert again is not first and again.ids.tolist() == first.ids.tolist()
