@@ -338,6 +338,7 @@ def test_a_failing_engine_ends_in_the_log_and_not_in_a_loop(open_session, monkey
     monkeypatch.setattr(session.engine, "prefill", lambda key: (_ for _ in ()).throw(RuntimeError("marker-secret")))
     steered(session)
     assert session.healer.wait(20)
+    session.healer.close()  # joins the worker, which logs after it has given the thread up
     assert "healing failed: RuntimeError" in caplog.text and "marker" not in caplog.text
     assert session.history("t")[0].status is Status.STEERED
 
