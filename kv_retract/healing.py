@@ -273,6 +273,7 @@ class Healer:
                 with self._work:
                     self._waiting.pop(thread_id, None)
                     self._wanted.pop(thread_id, None)
+                    self._work.notify_all()
                 raise
             with self._work:
                 if self._waiting.get(thread_id) is not offered:
