@@ -19,7 +19,7 @@ from .erasers import labelled_arms
 from .jobs import CorpusEval, check_lengths, engine_of, evaluate, families_of, traces
 from .progress import Progress, silent
 from .specs import Spec
-from .stats import mean, standard_error
+from .stats import mean, with_errors
 
 if TYPE_CHECKING:
     from kv_retract.training.samples import CorpusSample, Probe
@@ -98,7 +98,6 @@ def cascade_rows(samples: list[CascadeSample]) -> list[dict[str, Any]]:
         groups.setdefault((sample.arm, sample.cascade), []).append(sample)
     rows = []
     for (arm, cascade), group in groups.items():
-        row: dict[str, Any] = {"arm": arm, "cascade": cascade, "n": len(group)}
         columns: dict[str, list[float | None]] = {
             "affected_accuracy": [float(s.affected) for s in group],
             "leak": [float(s.leaked) for s in group],
@@ -106,9 +105,7 @@ def cascade_rows(samples: list[CascadeSample]) -> list[dict[str, Any]]:
             "derived": [float(s.derived) for s in group],
             "quote_found": [None if cascade == Cascade.NONE else float(s.quote_found) for s in group],
         }
-        for name, values in columns.items():
-            row |= {name: mean(values), f"{name}_se": standard_error(values)}
-        rows.append(row)
+        rows.append({"arm": arm, "cascade": cascade, "n": len(group), **with_errors(columns)})
     return rows
 
 

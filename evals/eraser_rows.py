@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .stats import mean, median, paired_interval, standard_error
+from .stats import mean, median, paired_interval, with_errors
 
 if TYPE_CHECKING:
     from .erasers import ArmSample
@@ -81,7 +81,7 @@ def extraction_rows(samples: Sequence[ArmSample]) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"arm": arm, "n": len(chosen)}
         for name in EXTRACTION_COLUMNS:
             values = [float(getattr(s, name)) for s in chosen]
-            row |= {name: mean(values), f"{name}_se": standard_error(values)}
+            row |= with_errors({name: values})
         rows.append(row)
     return rows
 
@@ -100,7 +100,7 @@ def _row(group: Sequence[ArmSample]) -> dict[str, Any]:
 def _mean(name: str, values: Iterable[tuple[str, float]]) -> dict[str, Any]:
     pairs = list(values)
     numbers = [value for _, value in pairs]
-    return {name: mean(numbers), f"{name}_se": standard_error(numbers, [trace for trace, _ in pairs])}
+    return with_errors({name: numbers}, [trace for trace, _ in pairs])
 
 
 def _range(value: float, edges: Sequence[float]) -> str:

@@ -25,7 +25,7 @@ from .machine import versions
 from .progress import Progress, silent
 from .results import results_folder, write_json, write_jsonl
 from .specs import Spec
-from .stats import mean, standard_error
+from .stats import with_errors
 
 CORPUS = {
     "user_revoked": ("preferences", "preference"),
@@ -147,8 +147,7 @@ def policy_rows(judged: Sequence[Judged]) -> list[dict[str, Any]]:
         row |= {"labels": sum(len(one.found) for one in some), "proposals": sum(len(one.right) for one in some)}
         for name, values in (("recall", "found"), ("precision", "right"), ("exact", "exact")):
             scores = [(float(value), one.thread_id) for one in some for value in getattr(one, values)]
-            row[name] = mean(value for value, _ in scores)
-            row[f"{name}_se"] = standard_error([value for value, _ in scores], [cluster for _, cluster in scores])
+            row |= with_errors({name: [value for value, _ in scores]}, [cluster for _, cluster in scores])
         rows.append(row)
     return rows
 

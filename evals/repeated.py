@@ -22,7 +22,7 @@ from .jobs import CorpusEval, engine_of, evaluate, traces
 from .plots import repeated_plot
 from .progress import Progress, silent
 from .specs import Spec
-from .stats import mean, standard_error
+from .stats import with_errors
 
 if TYPE_CHECKING:
     from kv_retract.engine.hf import HFEngine
@@ -109,11 +109,9 @@ def repeated_rows(samples: list[RepeatedSample]) -> list[dict[str, Any]]:
         groups.setdefault((sample.arm, sample.mode, sample.edits), []).append(sample)
     rows = []
     for (arm, mode, edits), group in groups.items():
-        row: dict[str, Any] = {"arm": arm, "mode": mode, "edits": edits, "n": len(group)}
-        for name in ("affected_accuracy", "leak", "unaffected_accuracy", "kl", "top1", "edit_ms"):
-            values = [getattr(sample, name) for sample in group]
-            row |= {name: mean(values), f"{name}_se": standard_error(values)}
-        rows.append(row)
+        names = ("affected_accuracy", "leak", "unaffected_accuracy", "kl", "top1", "edit_ms")
+        columns = {name: [getattr(sample, name) for sample in group] for name in names}
+        rows.append({"arm": arm, "mode": mode, "edits": edits, "n": len(group), **with_errors(columns)})
     return rows
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,6 +57,16 @@ def standard_error(values: Sequence[float | None], clusters: Sequence[Hashable] 
         return None
     # len(sums) / (len(sums) - 1): the mean is estimated from the same values.
     return float(np.sqrt(len(sums) / (len(sums) - 1) * (sums**2).sum()) / len(array))
+
+
+def with_errors(
+    columns: Mapping[str, Sequence[float | None]], clusters: Sequence[Hashable] | None = None
+) -> dict[str, float | None]:
+    """Return the mean of every column under its name, and the standard error under `NAME_se`."""
+    found: dict[str, float | None] = {}
+    for name, values in columns.items():
+        found |= {name: mean(values), f"{name}_se": standard_error(values, clusters)}
+    return found
 
 
 def paired_interval(

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import TypeAlias
 
 from .events import Decided, Diverged, Erased, Event, Healed, Observer, PoliciesFailed, StatusChanges, Stepped
-from .types import Divergence
+from .types import Divergence, RetractionPlan
 
 Field: TypeAlias = str | int | float | bool | list[str]
 
@@ -37,21 +37,7 @@ def fields_of(event: Event) -> dict[str, Field]:
     fields: dict[str, Field | None] = {}
     match event:
         case Decided(actor=actor, plan=plan):
-            exact = sum(span.exact for span in plan.spans)
-            fields = {
-                "actor": actor,
-                "retraction_ids": [span.record.retraction_id for span in plan.spans],
-                "policies": sorted({name for span in plan.spans for name in span.record.policy.split("+")}),
-                "spans": len(plan.spans),
-                "exact_spans": exact,
-                "steered_spans": len(plan.spans) - exact,
-                "derived_spans": sum(bool(span.record.derived_from) for span in plan.spans),
-                "dropped": len(plan.dropped),
-                "span_tokens": sum(span.end - span.start for span in plan.spans),
-                "thread_tokens": plan.num_tokens,
-                "cached_tokens": plan.num_cached_tokens,
-                "eraser": plan.eraser_id,
-            }
+            fields = {"actor": actor, **_planned(plan)}
         case Erased(retraction_ids=ids, result=result):
             fields = {
                 "retraction_ids": list(ids),
@@ -97,6 +83,23 @@ def fields_of(event: Event) -> dict[str, Field]:
                 "total_ms": event.total_ms,
             }
     return {name: value for name, value in fields.items() if value is not None}
+
+
+def _planned(plan: RetractionPlan) -> dict[str, Field]:
+    exact = sum(span.exact for span in plan.spans)
+    return {
+        "retraction_ids": [span.record.retraction_id for span in plan.spans],
+        "policies": sorted({name for span in plan.spans for name in span.record.policy.split("+")}),
+        "spans": len(plan.spans),
+        "exact_spans": exact,
+        "steered_spans": len(plan.spans) - exact,
+        "derived_spans": sum(bool(span.record.derived_from) for span in plan.spans),
+        "dropped": len(plan.dropped),
+        "span_tokens": sum(span.end - span.start for span in plan.spans),
+        "thread_tokens": plan.num_tokens,
+        "cached_tokens": plan.num_cached_tokens,
+        "eraser": plan.eraser_id,
+    }
 
 
 def _measured(divergence: Divergence | None) -> dict[str, Field]:

@@ -1,7 +1,6 @@
 """Where proposals stand: joined in the text, trimmed to what is not retracted yet, located in the tokens.
 
-Characters of a part are counted as in `SpanRef`, except that the name of a tool call counts as the character before
-its arguments: a whole call is (-1, length).
+Characters of a part are counted as in `spans.extent`.
 """
 
 from __future__ import annotations
@@ -11,13 +10,12 @@ import functools
 from bisect import insort
 from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 from .errors import SpanError
-from .spans import clip, subtract, union
+from .spans import MessagePart, clip, extent, part_of, subtract, union
 from .types import Cascade, Dropped, Guarantee, Interval, Message, Retraction, RetractionRecord, Scope, SpanRef, Status
 
-_Part: TypeAlias = tuple[int, str, int]
 _COVERED = "already retracted"
 
 
@@ -60,22 +58,22 @@ def merge(
     vetoed = {name: _covered((r for r in revoked if name in r.policy.split("+")), messages) for name in names}
     ranged = []
     for proposal in proposals:
-        veto = vetoed.get(proposal.policy, {}).get(_part(proposal.span), ())
-        pieces = subtract(_characters(proposal.span, messages), veto)
+        veto = vetoed.get(proposal.policy, {}).get(part_of(proposal.span), ())
+        pieces = subtract(extent(proposal.span, messages), veto)
         if not pieces:
             dropped.append(drop(proposal, "revoked earlier"))
         ranged += [(proposal, piece) for piece in pieces]
-    ranged.sort(key=lambda pair: (_part(pair[0].span), pair[1], pair[0].policy, pair[0].reason))
+    ranged.sort(key=lambda pair: (part_of(pair[0].span), pair[1], pair[0].policy, pair[0].reason))
     groups: list[list[Retraction]] = []
     extents: list[Interval] = []
     for proposal, (start, end) in ranged:
-        if groups and _part(groups[-1][0].span) == _part(proposal.span) and start < extents[-1][1]:
+        if groups and part_of(groups[-1][0].span) == part_of(proposal.span) and start < extents[-1][1]:
             groups[-1].append(proposal)
             extents[-1] = (extents[-1][0], max(extents[-1][1], end))
         else:
             groups.append([proposal])
             extents.append((start, end))
-    return [_with_characters(_join(g), extent, messages) for g, extent in zip(groups, extents, strict=True)]
+    return [_with_characters(_join(g), characters, messages) for g, characters in zip(groups, extents, strict=True)]
 
 
 def without_retracted(
@@ -92,9 +90,9 @@ def without_retracted(
     covered = _covered(standing, messages)
     result = []
     for retraction in retractions:
-        extent = _characters(retraction.span, messages)
-        pieces = subtract(extent, covered.get(_part(retraction.span), ()))
-        if pieces != [extent]:
+        own = extent(retraction.span, messages)
+        pieces = subtract(own, covered.get(part_of(retraction.span), ()))
+        if pieces != [own]:
             pieces = [(max(start, 0), end) for start, end in pieces if end > max(start, 0)]
         why = _why_covered(retraction, standing, messages)
         if not pieces or why != _COVERED:
@@ -118,10 +116,10 @@ def locate(
         SpanError: one by the policy `explicit` cannot be located, and is not the rest of a part that is retracted.
     """
     taken = union(_record_intervals(rendering, records))
-    begun = {_part(record.span) for record in records if record.status is not Status.REVOKED}
+    begun = {part_of(record.span) for record in records if record.status is not Status.REVOKED}
     places = []
     for retraction in retractions:
-        if _part(retraction.span) in begun and rendering.leaves_out(retraction.span):
+        if part_of(retraction.span) in begun and rendering.leaves_out(retraction.span):
             dropped.append(drop(retraction, "empty: the template shows nothing of it"))
             continue
         try:
@@ -150,43 +148,29 @@ def refuse(retraction: Retraction, why: str, error: SpanError, dropped: list[Dro
     dropped.append(drop(retraction, f"bad span: {why}"))
 
 
-def _part(span: SpanRef) -> _Part:
-    return span.message, span.part, span.call if span.part == "tool_call" else 0
-
-
-def _characters(span: SpanRef, messages: Sequence[Message]) -> Interval:
-    message = messages[span.message]
-    if span.part == "content":
-        return span.start, len(message.content) if span.end is None else span.end
-    length = len(message.tool_calls[span.call].arguments)
-    if span.start == 0 and span.end is None:
-        return -1, length
-    return span.start, length if span.end is None else span.end
-
-
-def _with_characters(retraction: Retraction, extent: Interval, messages: Sequence[Message]) -> Retraction:
+def _with_characters(retraction: Retraction, characters: Interval, messages: Sequence[Message]) -> Retraction:
     """Name the same place always alike, since records are identified by their span: `end` is None for a whole part."""
-    message, part, call = _part(retraction.span)
+    message, part, call = part_of(retraction.span)
     whole = SpanRef(message, retraction.span.part, call)
     span = whole
-    if _characters(whole, messages) != extent:
-        span = dataclasses.replace(whole, start=max(extent[0], 0), end=extent[1])
+    if extent(whole, messages) != characters:
+        span = dataclasses.replace(whole, start=max(characters[0], 0), end=characters[1])
     return retraction if span == retraction.span else dataclasses.replace(retraction, span=span)
 
 
-def _covered(records: Iterable[RetractionRecord], messages: Sequence[Message]) -> dict[_Part, list[Interval]]:
-    covered: dict[_Part, list[Interval]] = {}
+def _covered(records: Iterable[RetractionRecord], messages: Sequence[Message]) -> dict[MessagePart, list[Interval]]:
+    covered: dict[MessagePart, list[Interval]] = {}
     for record in records:
-        covered.setdefault(_part(record.span), []).append(_characters(record.span, messages))
+        covered.setdefault(part_of(record.span), []).append(extent(record.span, messages))
     return covered
 
 
 def _why_covered(retraction: Retraction, standing: Sequence[RetractionRecord], messages: Sequence[Message]) -> str:
     """Say why what records cover is not planned again: the same, unless it is to be exact and was only steered."""
     steered = _covered((r for r in standing if r.status is Status.STEERED), messages)
-    extent = _characters(retraction.span, messages)
-    left = subtract(extent, steered.get(_part(retraction.span), ()))
-    if retraction.guarantee is not Guarantee.EXACT or left == [extent]:
+    own = extent(retraction.span, messages)
+    left = subtract(own, steered.get(part_of(retraction.span), ()))
+    if retraction.guarantee is not Guarantee.EXACT or left == [own]:
         return _COVERED
     return (
         f"already retracted{', in part' if left else ''}, but steered: set it to exact in the ledger to have it rebuilt"

@@ -334,7 +334,6 @@ class KVRetractSession:
         if proposals is None:
             proposals, failures = self._asker.ask(self.policies, context_of(thread_id, messages, view))
             if told:
-                self._failures.pop(thread_id, None)
                 self._fail(thread_id, failures)
         plan = plan_for(
             view, proposals, known,
@@ -370,6 +369,7 @@ class KVRetractSession:
             return view
 
     def _fail(self, thread_id: str, failures: tuple[PolicyFailure, ...]) -> None:
+        self._failures.pop(thread_id, None)
         if failures:
             self._failures[thread_id] = failures
             silent = tuple(replace(failure, message="") for failure in failures)
@@ -391,9 +391,9 @@ class KVRetractSession:
         if self._closed:
             return
         drawn = thread_id in self._drawn
+        self._drawn.discard(thread_id)
         wanted = drawn or self.healer.healing.every_thread or self.healer.wants(thread_id)
         if wanted and any(r.status is Status.STEERED for r in self.ledger.records(thread_id)):
-            self._drawn.discard(thread_id)
             self.healer.offer(thread_id, first=drawn)
         else:
             self._threads.forget(thread_id)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
+from typing import TypeAlias
 
 from .errors import SpanError
-from .types import Interval, Message, SpanRef
+from .types import Interval, Message, Part, SpanRef
+
+MessagePart: TypeAlias = tuple[int, Part, int]
+"""Message, its content or one of its calls, and which call."""
 
 
 def check_span(span: SpanRef, messages: Sequence[Message]) -> int:
@@ -41,9 +45,28 @@ def check_span(span: SpanRef, messages: Sequence[Message]) -> int:
     return length
 
 
+def part_of(span: SpanRef) -> MessagePart:
+    """Return which part of which message a span lies in; of a content the number of the call counts for nothing."""
+    return span.message, span.part, span.call if span.part == "tool_call" else 0
+
+
+def extent(span: SpanRef, messages: Sequence[Message]) -> Interval:
+    """Return the characters of a span that is there; the name of a call counts as the character before its arguments.
+
+    So a whole call is (-1, length).
+    """
+    message = messages[span.message]
+    if span.part == "content":
+        return span.start, len(message.content) if span.end is None else span.end
+    length = len(message.tool_calls[span.call].arguments)
+    if span.start == 0 and span.end is None:
+        return -1, length
+    return span.start, length if span.end is None else span.end
+
+
 def overlap(one: SpanRef, other: SpanRef) -> bool:
     """Whether two spans of the same messages share a character."""
-    if (one.message, one.part, one.call) != (other.message, other.part, other.call):
+    if part_of(one) != part_of(other):
         return False
     starts, ends = (one.start, other.start), [span.end for span in (one, other) if span.end is not None]
     return not ends or max(starts) < min(ends)

@@ -15,6 +15,7 @@ from typing import Any
 from .cache.base import ThreadKey
 from .cache.keys import KeyEdit, build_key
 from .engine.base import Engine
+from .errors import SpanError
 from .ledger.ledger import applicable
 from .ledger.render import Renderer, Rendering
 from .policies.base import PolicyContext
@@ -62,9 +63,14 @@ class ThreadView:
         yield self._with_edits([replace(edit, exact=True) for edit in self.edits])
         undone = []
         for record in known:
-            if record.status is Status.REVOKED and not self.rendering.leaves_out(record.span):
-                parts = free_parts(self.rendering.interval(record.span), [(e.start, e.end) for e in self.edits])
-                undone += [_edit(replace(record, status=Status.STEERED), *part) for part in parts]
+            if record.status is not Status.REVOKED:
+                continue
+            try:
+                interval = self.rendering.interval(record.span)
+            except SpanError:
+                continue  # the template shows nothing of it, or nothing that could have been steered
+            parts = free_parts(interval, [(e.start, e.end) for e in self.edits])
+            undone += [_edit(replace(record, status=Status.STEERED), *part) for part in parts]
         for edit in undone:
             yield self._with_edits([*self.edits, edit])
         apart = [e for n, e in enumerate(undone) if all(e.start >= o.end or e.end <= o.start for o in undone[:n])]

@@ -13,7 +13,7 @@ from langchain_core.messages import AIMessage, BaseMessage, ToolMessage
 from kv_retract.errors import SpanError
 from kv_retract.ledger.ledger import standing
 from kv_retract.ledger.windows import record_for
-from kv_retract.spans import check_span, union
+from kv_retract.spans import check_span, part_of, union
 from kv_retract.types import Interval, Message, Retraction, RetractionRecord, Scope, SpanRef, Status
 
 from .messages import CALL_BLOCKS, REASONING_BLOCKS, to_messages
@@ -85,7 +85,7 @@ def redact(messages: Sequence[BaseMessage], records: Sequence[RetractionRecord],
     cuts: dict[int, dict[tuple[str, int], list[SpanRef]]] = defaultdict(lambda: defaultdict(list))
     for record in placed:
         if record.status is not Status.REVOKED:
-            cuts[record.span.message][record.span.part, record.span.call].append(record.span)
+            cuts[record.span.message][part_of(record.span)[1:]].append(record.span)
     changed: dict[int, BaseMessage] = {}
     parts: dict[tuple[int, str, int], _Cut] = {}
     for index, found in cuts.items():
@@ -96,17 +96,13 @@ def redact(messages: Sequence[BaseMessage], records: Sequence[RetractionRecord],
             parts.update({(index, *part): cut for part, cut in made.items()})
     after = to_messages([changed.get(i, message) for i, message in enumerate(messages)])
     anew = [
-        _anew(record, parts.get(_part(record.span)), neutral, after, thread_id)
+        _anew(record, parts.get(part_of(record.span)), neutral, after, thread_id)
         for record in placed
         if any(record.span.message <= index < record.span.message + record.window_size for index in changed)
     ]
     # Where both stand on one placeholder they are one record, and what holds goes before what was undone.
     anew.sort(key=lambda record: record.status is Status.REVOKED)
     return Redaction(tuple(changed[index] for index in sorted(changed)), tuple(anew))
-
-
-def _part(span: SpanRef) -> tuple[int, str, int]:
-    return span.message, span.part, span.call
 
 
 def _cut(part: str, spans: Sequence[SpanRef], neutral: Sequence[Message]) -> _Cut:

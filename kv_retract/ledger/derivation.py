@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from ..errors import SpanError
-from ..spans import check_span, overlap, subtract
+from ..spans import MessagePart, check_span, extent, overlap, part_of, subtract
 from ..types import (
     Cascade,
     Evidence,
@@ -18,7 +18,6 @@ from ..types import (
     Hop,
     Interval,
     Message,
-    Part,
     Retraction,
     RetractionRecord,
     SpanRef,
@@ -34,9 +33,6 @@ AttentionOf: TypeAlias = Callable[[SpanRef], Mapping[SpanRef, float]]
 _MOST_EVIDENCE = 16
 """Of one hop, strongest first: plans are logged."""
 
-_Place: TypeAlias = tuple[int, Part, int]
-"""Message, part, and which call."""
-
 
 class Taken:
     """What is taken back anyway, by records and by proposals.
@@ -48,11 +44,11 @@ class Taken:
 
     def __init__(self, messages: Sequence[Message], records: Iterable[RetractionRecord]) -> None:
         self._messages = messages
-        self._records: defaultdict[_Place, list[RetractionRecord]] = defaultdict(list)
-        self._taken: defaultdict[_Place, list[tuple[Interval, Guarantee]]] = defaultdict(list)
+        self._records: defaultdict[MessagePart, list[RetractionRecord]] = defaultdict(list)
+        self._taken: defaultdict[MessagePart, list[tuple[Interval, Guarantee]]] = defaultdict(list)
         for record in records:
             if self._is_there(record.span):
-                self._records[_place(record.span)].append(record)
+                self._records[part_of(record.span)].append(record)
                 if record.status is not Status.REVOKED:
                     self._take(record.span, record.guarantee)
 
@@ -61,31 +57,31 @@ class Taken:
         span = proposal.span
         if not self._is_there(span):
             return False
-        touched = [record for record in self._records.get(_place(span), ()) if overlap(record.span, span)]
+        touched = [record for record in self._records.get(part_of(span), ()) if overlap(record.span, span)]
         policies = set(proposal.policy.split("+")) - {"explicit"}
         if any(r.status is Status.REVOKED and policies.intersection(r.policy.split("+")) for r in touched):
             return False
         self._take(span, proposal.guarantee)
         return all(record.status is Status.REVOKED for record in touched)
 
-    def intervals(self, place: _Place) -> list[Interval]:
+    def intervals(self, place: MessagePart) -> list[Interval]:
         """Return the characters of a part that are taken back."""
         return [interval for interval, _ in self._taken.get(place, ())]
 
     def covers(self, span: SpanRef, guarantee: Guarantee) -> bool:
         """Whether all of a span is taken back, under a guarantee that is no weaker."""
-        taken = [i for i, own in self._taken.get(_place(span), ()) if own.stronger(guarantee) is own]
-        return not subtract(_extent(span, self._messages), taken)
+        taken = [i for i, own in self._taken.get(part_of(span), ()) if own.stronger(guarantee) is own]
+        return not subtract(extent(span, self._messages), taken)
 
     def _take(self, span: SpanRef, guarantee: Guarantee) -> None:
-        self._taken[_place(span)].append((_extent(span, self._messages), guarantee))
+        self._taken[part_of(span)].append((extent(span, self._messages), guarantee))
 
     def _is_there(self, span: SpanRef) -> bool:
         try:
             check_span(span, self._messages)
         except SpanError:
             return False
-        start, end = _extent(span, self._messages)
+        start, end = extent(span, self._messages)
         return start < end
 
 
@@ -144,16 +140,16 @@ class Reading:
     ) -> None:
         self._messages, self._taken, self._sources, self._max_hops = messages, taken, sources, max_hops
         self._attention, self._threshold = attention, threshold
-        self._attended: defaultdict[_Place, list[tuple[Source, SpanRef, float]]] = defaultdict(list)
-        self._roots: defaultdict[_Place, list[Source]] = defaultdict(list)
+        self._attended: defaultdict[MessagePart, list[tuple[Source, SpanRef, float]]] = defaultdict(list)
+        self._roots: defaultdict[MessagePart, list[Source]] = defaultdict(list)
         for root in roots:
-            self._roots[_place(root.span)].append(Source(root.span, root, 0))
+            self._roots[part_of(root.span)].append(Source(root.span, root, 0))
         self._found: list[Found] = []
         # The newest call with an id, as some threads use one twice; calls without a result yet; what each was made
         # from, where its result is derived.
-        self._by_id: dict[str, _Place] = {}
-        self._open: dict[_Place, None] = {}
-        self._made: dict[_Place, list[Source]] = {}
+        self._by_id: dict[str, MessagePart] = {}
+        self._open: dict[MessagePart, None] = {}
+        self._made: dict[MessagePart, list[Source]] = {}
 
     def found(self) -> list[Found]:
         """Read the thread; return what was derived, in order."""
@@ -162,7 +158,7 @@ class Reading:
                 self._answer((index, "content", 0), message.content)
                 self._open = {}
                 for number, call in enumerate(message.tool_calls):
-                    place: _Place = (index, "tool_call", number)
+                    place: MessagePart = (index, "tool_call", number)
                     derived = self._answer(place, call.arguments)
                     self._made[place] = [s for s in (*self._roots.get(place, ()), *derived) if _goes_on(s)]
                     self._by_id[call.id] = place
@@ -188,7 +184,7 @@ class Reading:
                 results.append(result)
         return results
 
-    def _told(self, place: _Place, text: str, results: Sequence[Source]) -> None:
+    def _told(self, place: MessagePart, text: str, results: Sequence[Source]) -> None:
         """Read what no model wrote."""
         shown = view(text)
         if not results:
@@ -197,16 +193,16 @@ class Reading:
         if results:
             self._begin(results, shown)
 
-    def _answer(self, place: _Place, text: str) -> list[Source]:
+    def _answer(self, place: MessagePart, text: str) -> list[Source]:
         """Read what a model wrote, content or arguments of a call; return what of it was derived."""
         shown = view(text)
         derived = self._derived(place, text, shown)
-        gone = [*self._taken.intervals(place), *(_extent(one.span, self._messages) for one in derived)]
+        gone = [*self._taken.intervals(place), *(extent(one.span, self._messages) for one in derived)]
         self._sources.stand(blank(shown, gone), answer=True)
         self._begin_roots(place, shown)
         return derived
 
-    def _derived(self, place: _Place, text: str, shown: str) -> list[Source]:
+    def _derived(self, place: MessagePart, text: str, shown: str) -> list[Source]:
         values = list(self._sources.values(shown))
         clues = [*self._sources.name_clues(shown), *self._sources.word_clues(shown), *self._attention_on(place)]
         if not clues and next(self._sources.value_clues(values), None) is None:
@@ -241,24 +237,24 @@ class Reading:
         self._found += found
         return [one.target for one in found]
 
-    def _begin_roots(self, place: _Place, shown: str) -> None:
+    def _begin_roots(self, place: MessagePart, shown: str) -> None:
         for root in self._roots.get(place, ()):
             self._begin([root], shown)
 
     def _begin(self, sources: Sequence[Source], shown: str) -> None:
         """Note what a root says, or a result with its roots."""
         span = sources[0].span
-        self._sources.add(sources, shown, _extent(span, self._messages))
+        self._sources.add(sources, shown, extent(span, self._messages))
         if self._attention is None:
             return
         for target, share in self._attention(span).items():
             if share >= self._threshold:
-                self._attended[_place(target)] += [(source, target, share) for source in sources]
+                self._attended[part_of(target)] += [(source, target, share) for source in sources]
 
-    def _attention_on(self, place: _Place) -> Iterator[Clue]:
+    def _attention_on(self, place: MessagePart) -> Iterator[Clue]:
         for source, target, share in self._attended.get(place, ()):
-            start, end = _extent(target, self._messages)
-            yield Clue(start, end, "attention", share, source, _extent(source.span, self._messages))
+            start, end = extent(target, self._messages)
+            yield Clue(start, end, "attention", share, source, extent(source.span, self._messages))
 
 
 def _nearest(clues: Iterable[Clue], max_hops: int) -> dict[Source, list[Clue]]:
@@ -277,24 +273,12 @@ def _goes_on(source: Source) -> bool:
     return source.root.cascade == Cascade.LINEAGE
 
 
-def _evidence(place: _Place, clue: Clue) -> Evidence:
-    source, target = _span(_place(clue.source.span), clue.at), _span(place, (clue.start, clue.end))
+def _evidence(place: MessagePart, clue: Clue) -> Evidence:
+    source, target = _span(part_of(clue.source.span), clue.at), _span(place, (clue.start, clue.end))
     return Evidence(kind=clue.kind, source=source, target=target, weight=float(clue.weight))
 
 
-def _place(span: SpanRef) -> _Place:
-    return span.message, span.part, span.call if span.part == "tool_call" else 0
-
-
-def _extent(span: SpanRef, messages: Sequence[Message]) -> Interval:
-    """Return the characters of a span; of a whole call its name counts as the character before its arguments."""
-    message = messages[span.message]
-    text = message.content if span.part == "content" else message.tool_calls[span.call].arguments
-    end = len(text) if span.end is None else span.end
-    return (-1, end) if span.part == "tool_call" and span.start == 0 and span.end is None else (span.start, end)
-
-
-def _span(place: _Place, extent: Interval) -> SpanRef:
+def _span(place: MessagePart, characters: Interval) -> SpanRef:
     """Return the span with these characters."""
-    start, end = extent
+    start, end = characters
     return SpanRef(*place) if start < 0 else SpanRef(*place, start, end)

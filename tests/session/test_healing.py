@@ -11,33 +11,20 @@ from kv_retract import (
     KVRetractSession,
     Message,
     Planner,
-    Retraction,
     RetractionPolicy,
     SamplingParams,
-    SpanRef,
     Status,
 )
 from kv_retract.errors import PoolExhaustedError
-from kv_retract.events import Diverged, Healed, Observer, StatusChanges
+from kv_retract.events import Diverged, Healed, StatusChanges
 from kv_retract.healing import Healing
 from kv_retract.testing.plain import plain_logits
 from kv_retract.testing.spy import prefilled_texts
 
+from .watching import Notes, of_message
+
 SHORT = SamplingParams(max_tokens=6)
 BY_HAND = Healing(background=False, chunk_tokens=16)
-
-
-class Notes(Observer):
-    """Keeps every event."""
-
-    def __init__(self):
-        self.events = []
-
-    def on_event(self, event):
-        self.events.append(event)
-
-    def of(self, kind):
-        return [event for event in self.events if isinstance(event, kind)]
 
 
 def thread(n=9, name="x"):
@@ -46,10 +33,6 @@ def thread(n=9, name="x"):
         role = "user" if i % 2 else "assistant"
         messages.append(Message(role, f"{name}: item {i} costs {i * 37} and is on the list. marker-{i}-{name}"))
     return messages
-
-
-def of_message(i, **kw):
-    return Retraction(**{"span": SpanRef(i), "policy": "explicit", "reason": "test", **kw})
 
 
 @pytest.fixture(scope="module", params=[1, 16], ids=["page1", "page16"])
@@ -412,7 +395,7 @@ def test_what_a_thread_read_is_let_go_of_once_nobody_heals_it(open_session):
     assert session._threads.latest("t") is None
 
 
-def cached_secret(session, messages, marker):
+def cached_secret(session, marker):
     """Whether any path of the session's namespace holds the marker's text."""
     index = session.engine.manager.index
     found, stack = [], [(node, ()) for node in [index._roots.get(session.extra_key)] if node is not None]
@@ -429,11 +412,11 @@ def test_an_exact_retraction_forgets_a_heal_that_is_half_done(open_session):
     session = open_session()
     messages = steered(session)
     session.healer.run(max_tokens=100)
-    assert cached_secret(session, messages, "marker-3-t")
+    assert cached_secret(session, "marker-3-t")
     session.retract("t", messages, proposals=[of_message(3, guarantee=Guarantee.EXACT)])
-    assert not cached_secret(session, messages, "marker-3-t")
+    assert not cached_secret(session, "marker-3-t")
     session.healer.run()
-    assert not cached_secret(session, messages, "marker-3-t")
+    assert not cached_secret(session, "marker-3-t")
 
 
 def test_an_exact_retraction_during_a_chunk_leaves_nothing_of_it(open_session):
@@ -452,7 +435,7 @@ def test_an_exact_retraction_during_a_chunk_leaves_nothing_of_it(open_session):
         session.healer.run()
     finally:
         del session.engine.prefill
-    assert not cached_secret(session, messages, "marker-3-t")
+    assert not cached_secret(session, "marker-3-t")
 
 
 def test_an_exact_retraction_forgets_what_was_undone_before_it(open_session):
@@ -461,7 +444,7 @@ def test_an_exact_retraction_forgets_what_was_undone_before_it(open_session):
     session.undo("t", session.history("t")[0].retraction_id)
     session.step("t", messages, sampling=SHORT)
     session.retract("t", messages, proposals=[of_message(3, guarantee=Guarantee.EXACT)])
-    assert not cached_secret(session, messages, "marker-3-t")
+    assert not cached_secret(session, "marker-3-t")
 
 
 def test_what_is_taken_back_again_for_a_stronger_reason_is_another_retraction(open_session):

@@ -18,7 +18,6 @@ from kv_retract import (
     KVRetractSession,
     Message,
     Planner,
-    Retraction,
     RetractionPolicy,
     SamplingParams,
     Scope,
@@ -33,6 +32,8 @@ from kv_retract.ledger.render import Renderer
 from kv_retract.testing.plain import plain_logits
 from kv_retract.testing.spy import prefilled_texts
 
+from .watching import of_message
+
 SHORT = SamplingParams(max_tokens=4)
 
 
@@ -45,10 +46,6 @@ def thread(n=8):
         else:
             messages.append(Message("assistant", f"The answer for item {i} is {i * 37}, as the list shows. marker-{i}"))
     return messages
-
-
-def of_message(i, **kw):
-    return Retraction(**{"span": SpanRef(i), "policy": "explicit", "reason": "test", **kw})
 
 
 @pytest.fixture(scope="module")

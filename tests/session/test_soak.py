@@ -4,10 +4,12 @@ import random
 import time
 
 from kv_retract import KVRetractSession, Message, Planner, Retraction, SamplingParams, SpanRef, Status
-from kv_retract.events import Healed, Observer
+from kv_retract.events import Healed
 from kv_retract.healing import Healing
 from kv_retract.testing.plain import plain_logits
 from kv_retract.testing.spy import prefilled_texts
+
+from .watching import Notes
 
 THREADS, RETRACTIONS = 50, 500
 BUDGET = 20_000
@@ -15,17 +17,8 @@ BUDGET = 20_000
 SHORT = SamplingParams(max_tokens=2)
 
 
-class Heals(Observer):
-    def __init__(self):
-        self.events = []
-
-    def on_event(self, event):
-        if isinstance(event, Healed):
-            self.events.append(event)
-
-
 def test_every_thread_of_a_soak_becomes_exact_within_its_budget():
-    rng, heals = random.Random(7), Heals()
+    rng, heals = random.Random(7), Notes()
     session = KVRetractSession.from_pretrained(
         "random", max_tokens=60_000, planner=Planner(exact_suffix=0), observers=[heals],
         healing=Healing(background=False, chunk_tokens=64),
@@ -53,29 +46,29 @@ def test_every_thread_of_a_soak_becomes_exact_within_its_budget():
             texts.clear()
             session.step(name, messages, sampling=SHORT)
             # Healing gets a share of the time: what it does not finish now, it finishes later, in turns.
-            before = len(heals.events)
+            before = len(heals.of(Healed))
             session.healer.run(max_tokens=rng.choice([0, 64, 64, 256, 1024]))
             assert not any(f"<{name}-{at}>" in "".join(texts) for at in gone[name])
-            for event in heals.events[before:]:
+            for event in heals.of(Healed)[before:]:
                 check(session, event.thread_id, threads[event.thread_id])
                 checked += 1
             most_held = max(most_held, engine.tokens_in_use())
-            if len(heals.events) % 10 == 0:
+            if len(heals.of(Healed)) % 10 == 0:
                 engine.check_integrity()
         pending = session.healer.pending()
-        before, began = len(heals.events), time.monotonic()
+        before, began = len(heals.of(Healed)), time.monotonic()
         session.healer.run()
         assert session.healer.pending() == 0
-        for event in heals.events[before:]:
+        for event in heals.of(Healed)[before:]:
             check(session, event.thread_id, threads[event.thread_id])
             checked += 1
     engine.check_integrity()
     records = [record for name in threads for record in session.history(name)]
     assert len(records) == RETRACTIONS
     assert all(record.status is Status.EXACT for record in records)
-    assert checked == len(heals.events) >= THREADS / 2
+    assert checked == len(heals.of(Healed)) >= THREADS / 2
     assert pending > 0, "some threads had to wait for the end"
-    tokens = sum(event.tokens for event in heals.events)
+    tokens = sum(event.tokens for event in heals.of(Healed))
     spent = time.monotonic() - began
     print(f"{checked} heals of {tokens} tokens checked, {pending} pending at the end, {spent:.1f} s for those")
 
@@ -90,7 +83,7 @@ def check(session, name, messages):
 
 
 def test_in_the_background_no_thread_exceeds_its_budget_per_second():
-    heals = Heals()
+    heals = Notes()
     session = KVRetractSession.from_pretrained(
         "random", max_tokens=30_000, planner=Planner(exact_suffix=0), observers=[heals],
         healing=Healing(chunk_tokens=64, tokens_per_second=2000),
@@ -103,7 +96,7 @@ def test_in_the_background_no_thread_exceeds_its_budget_per_second():
             session.engine.extend(session.key(f"t{i}", messages))
             session.retract(f"t{i}", messages, proposals=[Retraction(span=SpanRef(2), policy="explicit", reason="x")])
         assert session.healer.wait(60)
-        tokens, seconds = sum(event.tokens for event in heals.events), time.monotonic() - began
-        assert len(heals.events) == 12
+        tokens, seconds = sum(event.tokens for event in heals.of(Healed)), time.monotonic() - began
+        assert len(heals.of(Healed)) == 12
         assert tokens / seconds <= 2000 * 1.1 + 64 / seconds
-        assert max(event.waited_s for event in heals.events) <= tokens / 2000 * 3 + 10
+        assert max(event.waited_s for event in heals.of(Healed)) <= tokens / 2000 * 3 + 10

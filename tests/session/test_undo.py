@@ -14,8 +14,10 @@ from kv_retract import (
     Status,
 )
 from kv_retract.errors import LedgerError, PoolExhaustedError, ThreadBusyError
-from kv_retract.events import Decided, Erased, Observer, StatusChanges, Stepped
+from kv_retract.events import Decided, Erased, StatusChanges, Stepped
 from kv_retract.testing.plain import plain_logits
+
+from .watching import Notes, of_message
 
 SHORT = SamplingParams(max_tokens=4)
 
@@ -29,29 +31,11 @@ class Finds(RetractionPolicy):
         return [Retraction(span=SpanRef(2), policy="finds", reason="test")] if len(ctx.messages) > 2 else []
 
 
-class Notes(Observer):
-    """Keeps every event; raises on a kind that it is told to refuse."""
-
-    required = True
-
-    def __init__(self, refuse=()):
-        self.events, self.refuse = [], refuse
-
-    def on_event(self, event):
-        if isinstance(event, self.refuse):
-            raise OSError("no space left")
-        self.events.append(event)
-
-
 def thread(n=8):
     messages = [Message("system", "You are a helpful agent.")]
     for i in range(1, n):
         messages.append(Message("user" if i % 2 else "assistant", f"item {i} costs {i * 37} and is listed. marker-{i}"))
     return messages
-
-
-def of_message(i, **kw):
-    return Retraction(**{"span": SpanRef(i), "policy": "explicit", "reason": "test", **kw})
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +82,7 @@ def test_undo_holds_after_a_restart_and_against_the_policy_that_found_it(loaded,
 
 
 def test_what_a_caller_takes_back_again_is_taken_back(loaded, request):
-    session = session_on(loaded, request.node.name, observers=[notes := Notes()])
+    session = session_on(loaded, request.node.name, observers=[notes := Notes(required=True)])
     messages = thread()
     session.step("t", messages, sampling=SHORT)
     session.retract("t", messages, proposals=[of_message(2)])
@@ -157,7 +141,7 @@ def test_an_unknown_retraction_and_a_streaming_thread_are_refused(loaded, reques
 
 def test_observers_are_told_in_order_and_before_the_ledger(loaded, request):
     session = session_on(loaded, request.node.name)
-    notes = Notes()
+    notes = Notes(required=True)
     seen = []
     notes_on_event = notes.on_event
     notes.on_event = lambda event: (seen.append(len(session.history("t"))), notes_on_event(event))
@@ -178,7 +162,7 @@ def test_observers_are_told_in_order_and_before_the_ledger(loaded, request):
 
 @pytest.mark.parametrize("kind", [Decided, StatusChanges])
 def test_what_a_required_observer_refuses_does_not_happen(loaded, kind, request):
-    notes = Notes()
+    notes = Notes(required=True)
     session = session_on(loaded, request.node.name, observers=[notes])
     messages = thread()
     session.step("t", messages, sampling=SHORT)
@@ -199,7 +183,6 @@ def test_what_a_required_observer_refuses_does_not_happen(loaded, kind, request)
 
 def test_an_observer_that_is_not_required_disturbs_nobody(loaded, request, caplog):
     notes = Notes(refuse=(Decided, Stepped))
-    notes.required = False
     session = session_on(loaded, request.node.name, observers=[notes])
     messages = thread()
     session.step("t", messages, sampling=SHORT)
@@ -209,7 +192,7 @@ def test_an_observer_that_is_not_required_disturbs_nobody(loaded, request, caplo
 
 
 def test_a_step_that_is_closed_or_fails_says_so(loaded, request):
-    session = session_on(loaded, request.node.name, observers=[notes := Notes()])
+    session = session_on(loaded, request.node.name, observers=[notes := Notes(required=True)])
     stream = session.stream("t", thread(), sampling=SamplingParams(max_tokens=50))
     next(stream)
     stream.close()
@@ -221,7 +204,7 @@ def test_a_step_that_is_closed_or_fails_says_so(loaded, request):
 
 
 def test_a_plan_shows_what_retract_would_do_and_changes_nothing(loaded, request):
-    session = session_on(loaded, request.node.name, observers=[notes := Notes()])
+    session = session_on(loaded, request.node.name, observers=[notes := Notes(required=True)])
     messages = thread()
     session.step("t", messages, sampling=SHORT)
     notes.events.clear()
@@ -285,7 +268,7 @@ def test_failures_of_policies_are_told_without_what_they_read(loaded, request):
         def propose(self, ctx):
             raise ValueError(ctx.messages[1].content)
 
-    notes = Notes()
+    notes = Notes(required=True)
     session = session_on(loaded, request.node.name, policies=[Fails()], on_policy_failure="skip", observers=[notes])
     session.plan("t", thread())
     assert not notes.events and not session.policy_failures("t")
