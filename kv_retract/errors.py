@@ -51,6 +51,10 @@ class EraserMismatchError(KVRetractError, ValueError):
     """A learned eraser is missing, damaged, or belongs to another model."""
 
 
+class LandmarkMismatchError(KVRetractError, ValueError):
+    """Trained landmarks are missing, damaged, or belong to another model."""
+
+
 class PoolExhaustedError(KVRetractError, MemoryError):
     """The KV pool cannot hold the thread, even after eviction."""
 
@@ -73,6 +77,10 @@ class LedgerError(KVRetractError, ValueError):
 
 class AuditError(KVRetractError, ValueError):
     """An audit log was changed, is corrupt or of another version, or cannot be read or written."""
+
+
+class WindowFileError(KVRetractError, ValueError):
+    """A window file was made for another model or other sizes, is in use, or cannot be read or written."""
 
 
 class TraceError(KVRetractError, ValueError):

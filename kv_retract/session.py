@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from .answer import stream_thread
 from .attention import check_lineage
@@ -46,6 +46,9 @@ from .types import (
     Waiting,
 )
 from .watch import StepWatch
+
+if TYPE_CHECKING:
+    from .engine.bilayer import BiLayer
 
 
 class KVRetractSession:
@@ -102,10 +105,8 @@ class KVRetractSession:
         self._books = Bookkeeper(self.ledger, self._observers, self._threads)
         self._last_erase: dict[str, EraseResult] = {}
         self._drawn: set[str] = set()  # threads with an edit that is to be verified, until the healer has them
-        self.healer = Healer(
-            healing or Healing(every_thread=False),
-            engine, self._books, self._threads, self._view, self._observers.tell,
-        )  # fmt: skip
+        healing = healing or Healing(every_thread=False)
+        self.healer = Healer(healing, engine, self._books, self._threads, self._view, self._observers.tell)
 
     @classmethod
     def from_pretrained(
@@ -117,6 +118,7 @@ class KVRetractSession:
         max_tokens: int = 65_536,
         page_size: int = 1,
         seed: int = 0,
+        long_thread: str | BiLayer | None = None,
         **session: Any,
     ) -> KVRetractSession:
         """Load a model by name or directory (`kv-retract models`) into an embedded engine.
@@ -128,18 +130,17 @@ class KVRetractSession:
             max_tokens: size of the KV pool, in tokens.
             page_size: tokens per page.
             seed: of seeded random models.
+            long_thread: how threads beyond `BiLayer.local` tokens are kept: `bilayer`, or a `BiLayer` (ACRE).
             **session: see the class.
 
         Raises:
             UnsupportedModelError: the model cannot be edited correctly.
             UnknownNameError: neither a registered name nor a directory.
         """
-        from .engine.hf import HFEngine
-        from .engine.models import load_model
+        from .engine.loading import load_engine
 
-        loaded = load_model(model, device=device, dtype=dtype, seed=seed)
-        engine = HFEngine(loaded.model, max_tokens=max_tokens, page_size=page_size, name=loaded.name)
-        return cls(engine, Renderer(loaded.tokenizer), **session)
+        engine, tokenizer = load_engine(model, device, dtype, max_tokens, page_size, seed, long_thread)
+        return cls(engine, Renderer(tokenizer), **session)
 
     def step(
         self,

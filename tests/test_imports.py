@@ -15,7 +15,7 @@ SHIPPED = {"kv_retract": "kv_retract", "integrations": "kv_retract.integrations"
 
 LEAVES = {"types", "errors", "registry"}
 TEXT = {"spans", "placing", "ledger", "trace", "policies", "planner"}
-TENSORS = {"cache", "erasers", "engine", "kernels", "reference"}
+TENSORS = {"hooks", "cache", "erasers", "landmarks", "engine", "kernels", "reference"}
 STEP = {
     "session", "thread", "threads", "bookkeeping", "streaming", "answer", "edits", "events", "watch", "healing",
     "audit", "logs", "attention",
@@ -35,8 +35,10 @@ MAY_IMPORT = {
     "policies": LEAVES | {"spans", "ledger"},
     "planner": LEAVES | {"spans", "placing", "ledger", "policies"},
     "cache": LEAVES | {"kernels"},
-    "erasers": LEAVES | {"cache", "kernels"},
-    "engine": LEAVES | {"cache", "kernels", "reference"},
+    "hooks": set(),
+    "erasers": LEAVES | {"hooks", "cache", "kernels"},
+    "landmarks": LEAVES | {"hooks", "cache"},
+    "engine": LEAVES | {"cache", "landmarks", "kernels", "reference"},
     **{name: LIBRARY for name in STEP},
     "__init__": LIBRARY,
     "training": LEAVES | TENSORS | {"ledger", "trace"},

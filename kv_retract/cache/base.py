@@ -8,7 +8,7 @@ without KV: a hidden tombstone, invisible to attention.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -152,6 +152,17 @@ class PrefixCache(ABC):
     @abstractmethod
     def held_slots(self) -> IntArray:
         """Return all indexed slots in the form of `evict`: a page indexed on two paths appears twice."""
+
+    @abstractmethod
+    def paths(self) -> Iterator[tuple[str, IntArray, IntArray]]:
+        """Yield what is indexed, in a form that can be saved: every path that no other one continues.
+
+        Paths whose ends were used longest ago come first, so that an empty index into which they are inserted in this
+        order holds the same and evicts about the same. Not a use for eviction. The index must not change meanwhile.
+
+        Yields:
+            Namespace, ids and slots of a whole path, from its first entry on; copies. Shape of both: (num_entries,)
+        """
 
     @abstractmethod
     def check_integrity(self) -> None:

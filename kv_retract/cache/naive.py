@@ -122,6 +122,13 @@ class NaiveCache(PrefixCache):
         """All slots, one row per page of a path."""
         return self._slots(self.pages)
 
+    def paths(self) -> Iterator[tuple[str, IntArray, IntArray]]:
+        """Join the pages of every path that no page follows."""
+        inner = {(extra_key, ids[: -self.page_size]) for extra_key, ids in self.pages}
+        leaves = [path for path in self.pages if path not in inner]
+        for path in sorted(leaves, key=lambda path: self.pages[path].last_access):
+            yield path[0], np.array(path[1], dtype=np.int64), self._slots(self._ancestry(path))
+
     def check_integrity(self) -> None:
         """Check that every page has its predecessor and is locked no more often than it."""
         for (extra_key, ids), page in self.pages.items():

@@ -19,6 +19,7 @@ class PagedKVPool:
         num_pages: capacity.
         page_size: tokens per page.
         dtype, device: of the tensors.
+        storage: K and V where they lie elsewhere, as in a mapped file: of the shape below, zero where nothing is held.
 
     Attributes:
         k, v: Shape (num_layers, num_pages * page_size, num_kv_heads, head_dim)
@@ -35,6 +36,7 @@ class PagedKVPool:
         page_size: int = 1,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        storage: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
         if min(num_layers, num_kv_heads, head_dim, num_pages, page_size) < 1:
             raise ValueError(
@@ -42,8 +44,12 @@ class PagedKVPool:
                 f"{head_dim}, {num_pages} pages of {page_size}"
             )
         shape = (num_layers, num_pages * page_size, num_kv_heads, head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        if storage and any(tuple(x.shape) != shape or x.dtype != dtype for x in storage):
+            raise ValueError(
+                f"expected storage of shape {shape} in {dtype}, got {', '.join(f'{tuple(x.shape)}' for x in storage)} "
+                f"in {storage[0].dtype}"
+            )
+        self.k, self.v = storage or tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         self.page_size, self.num_pages = page_size, num_pages
         self.refcounts = np.zeros(num_pages, dtype=np.int64)
         self._free = np.arange(num_pages - 1, -1, -1, dtype=np.int64)  # a stack; its top is at num_free - 1
@@ -65,6 +71,25 @@ class PagedKVPool:
         self.num_free -= num_pages
         self.refcounts[pages] = 1
         return pages
+
+    def claim(self, pages: IntArray, counts: IntArray) -> None:
+        """Take given pages, each held as often as `counts` says; contents are whatever was there.
+
+        For a cache that was saved. Shape of both: (num_pages,)
+
+        Raises:
+            CacheIntegrityError: a page is not free, or named twice, or would be held by nobody; nothing is taken.
+        """
+        self._check_pages(pages)
+        if np.any(self.refcounts[pages] > 0):
+            raise CacheIntegrityError(f"cannot claim pages in use {pages[self.refcounts[pages] > 0].tolist()[:8]}")
+        if len(np.unique(pages)) < len(pages) or np.any(counts < 1):
+            raise CacheIntegrityError("pages are claimed once each, to be held at least once")
+        free = self._free[: self.num_free]
+        left = free[~np.isin(free, pages)]
+        self.num_free = len(left)
+        self._free[: self.num_free] = left
+        self.refcounts[pages] = counts
 
     def retain(self, pages: IntArray) -> None:
         """Hold pages once more. Raises CacheIntegrityError where one is free."""
@@ -89,6 +114,11 @@ class PagedKVPool:
         """Return copies of K and V. Shape of each: (num_layers, len(slots), num_kv_heads, head_dim)."""
         where = self._index(slots)
         return self.k.index_select(1, where), self.v.index_select(1, where)
+
+    def read_layer(self, layer: int, slots: IntArray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return copies of K and V of one layer. Shape of each: (len(slots), num_kv_heads, head_dim)."""
+        where = self._index(slots)
+        return self.k[layer].index_select(0, where), self.v[layer].index_select(0, where)
 
     def write(self, slots: IntArray, k: torch.Tensor, v: torch.Tensor) -> None:
         """Overwrite K and V. Shapes as in `read`."""

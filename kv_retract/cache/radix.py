@@ -173,6 +173,14 @@ class RadixCache(PrefixCache):
         slots = [node.slots for node in self._nodes()]
         return np.concatenate(slots) if slots else _EMPTY.copy()
 
+    def paths(self) -> Iterator[tuple[str, IntArray, IntArray]]:
+        """Walk up from every leaf."""
+        names = {id(root): extra_key for extra_key, root in self._roots.items()}
+        for leaf in sorted((n for n in self._nodes() if not n.children), key=lambda n: n.last_access):
+            path = list(self._upwards(leaf))[::-1]
+            ids, slots = (np.concatenate(part) for part in zip(*((n.ids, n.slots) for n in path), strict=True))
+            yield names[id(path[0].parent)], ids, slots
+
     def check_integrity(self) -> None:
         """Check links, alignment, locks, sizes, and that no path uses a slot twice."""
         sizes = [0, 0]

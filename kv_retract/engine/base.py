@@ -195,13 +195,7 @@ class LocalEngine(Engine):
 
     def divergence(self, exact: ThreadKey, steered: ThreadKey, num_last: int) -> Divergence | None:
         """See the base class; on logits in float32."""
-        try:
-            wanted, got = (self.extend(k, num_last=num_last).logits.log_softmax(-1) for k in (exact, steered))
-        except ColdTombstoneError:
-            return None
-        kl = (wanted.exp() * (wanted - got)).sum(-1).mean()
-        top1 = (wanted.argmax(-1) == got.argmax(-1)).float().mean()
-        return Divergence(kl=float(kl.clamp(min=0)), top1=float(top1), positions=num_last)
+        return divergence_of(self.extend, exact, steered, num_last)
 
     @abstractmethod
     def read_kv(self, key: ThreadKey, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -252,6 +246,19 @@ class SupportsAttribution(Protocol):
             SpanError: the span or the entries are not as they should be.
             UnsupportedError: the model does not show its attention.
         """
+
+
+def divergence_of(
+    extend: Callable[..., ExtendResult], exact: ThreadKey, steered: ThreadKey, num_last: int
+) -> Divergence | None:
+    """Do as `Engine.divergence` says, with what an engine's `extend` returns."""
+    try:
+        wanted, got = (extend(k, num_last=num_last).logits.log_softmax(-1) for k in (exact, steered))
+    except ColdTombstoneError:
+        return None
+    kl = (wanted.exp() * (wanted - got)).sum(-1).mean()
+    top1 = (wanted.argmax(-1) == got.argmax(-1)).float().mean()
+    return Divergence(kl=float(kl.clamp(min=0)), top1=float(top1), positions=num_last)
 
 
 def check_edit(key: ThreadKey, spans: Sequence[Interval], eraser: SupportsErase, new_key: ThreadKey) -> None:

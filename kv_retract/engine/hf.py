@@ -28,6 +28,7 @@ from .base import (
     check_edit,
     end_of_edit,
 )
+from .decoding import decode
 from .edit import HFEditView
 from .sampling import Sampler
 from .support import inspect_model
@@ -68,24 +69,24 @@ class HFEngine(LocalEngine):
                 f"max_tokens must be at least one page and chunk_size 1, got {max_tokens} and {chunk_size}"
             )
         self.model = model.eval()
-        self.spec, self._rotary = inspect_model(model, name=name)
-        self._runner = ModelRunner(model)
-        self._chunk = chunk_size
+        self.spec, self.rotary = inspect_model(model, name=name)
+        self.runner = ModelRunner(model)
+        self.chunk_size = chunk_size
         self._pool = PagedKVPool(
             num_layers=self.spec.num_layers, num_kv_heads=self.spec.num_kv_heads, head_dim=self.spec.head_dim,
             num_pages=max_tokens // page_size, page_size=page_size, dtype=model.dtype, device=self.spec.device,
         )  # fmt: skip
         self._manager = CacheManager(self._pool, RadixCache(page_size=page_size, eviction=eviction))
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
 
     def cached(self, key: ThreadKey) -> int:
         """Return how many leading entries are cached."""
-        with self._lock:
+        with self.lock:
             return self._manager.match(key.ids, extra_key=key.extra_key)
 
     def extend(self, key: ThreadKey, *, num_last: int = 1) -> ExtendResult:
         """Prefill what is missing."""
-        with self._lock:
+        with self.lock:
             lease = self._manager.lease(key.ids, extra_key=key.extra_key)
             try:
                 result, _ = self._prefill(lease, key, num_last)
@@ -100,38 +101,28 @@ class HFEngine(LocalEngine):
     ) -> Iterator[GeneratedToken]:
         """Extend and decode."""
         sampler = Sampler(sampling, self.spec.device)
-        with self._lock:
+        with self.lock:
             lease = self._manager.lease(key.ids, extra_key=key.extra_key)
         filled = lease.num_cached
         try:
-            with self._lock:
+            with self.lock:
                 result, working = self._prefill(lease, key, 1)
                 self._manager.publish(lease)
                 filled = len(key)
-            ids: list[int] = []
-            logits, position = result.logits[0], key.next_position
-            room = self.spec.max_positions - position
-            while True:
-                if logits_processor is not None:
-                    logits = logits_processor(ids, logits.clone())  # in place must work outside inference mode
-                token = sampler.sample(logits)
-                stopped = token in sampling.stop_token_ids
-                ids.append(token)
-                done = stopped or len(ids) >= min(sampling.max_tokens, room)
-                yield GeneratedToken(
-                    id=token,
-                    logprob=float(logits.log_softmax(-1)[token]) if sampling.logprobs else None,
-                    num_cached_tokens=result.num_cached_tokens,
-                    finish_reason="stop" if stopped else "length" if done else None,
-                )
-                if done:
-                    return
-                with self._lock:
-                    logits = self._decode(lease, working, token, position)
+
+            def forward(token: int) -> torch.Tensor:
+                nonlocal filled
+                with self.lock:
+                    logits = self._decode(lease, working, token, key.next_position + filled - len(key))
                     filled += 1
-                position += 1
+                return logits
+
+            yield from decode(
+                result.logits[0], forward, sampler, sampling, room=self.spec.max_positions - key.next_position,
+                num_cached_tokens=result.num_cached_tokens, logits_processor=logits_processor,
+            )  # fmt: skip
         finally:
-            with self._lock:
+            with self.lock:
                 self._manager.release(lease, keep=filled)
 
     def erase(
@@ -140,7 +131,7 @@ class HFEngine(LocalEngine):
         """Edit and commit under the new key."""
         check_edit(key, spans, eraser, new_key)
         started = time.perf_counter()
-        with self._lock:
+        with self.lock:
             cached = end_of_edit(self._manager.match(key.ids, extra_key=key.extra_key), spans, self._pool.page_size)
             whole = [(start, end) for start, end in spans if end <= cached]
             erased = sum(end - start for start, end in whole)
@@ -155,23 +146,23 @@ class HFEngine(LocalEngine):
 
     def drop(self, key: ThreadKey, start: int) -> int:
         """Forget the exclusive tail."""
-        with self._lock:
+        with self.lock:
             return self._manager.drop(key.ids, start, extra_key=key.extra_key)
 
     def purge(self, key: ThreadKey, start: int) -> int:
         """Forget the tail and its branches."""
-        with self._lock:
+        with self.lock:
             return self._manager.purge(key.ids, start, extra_key=key.extra_key)
 
     def read_kv(self, key: ThreadKey, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Copy K and V out."""
-        with self._lock:
+        with self.lock:
             slots = self._slots(key, start, end)
             return self._pool.read(slots[slots != NO_SLOT])
 
     def write_kv(self, key: ThreadKey, start: int, end: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Overwrite K and V in place, for everyone who shares the path."""
-        with self._lock:
+        with self.lock:
             slots = self._slots(key, start, end)
             if np.any(slots == NO_SLOT):
                 raise SpanError(f"[{start}, {end}) holds hidden tombstones, which have no KV to write")
@@ -181,21 +172,21 @@ class HFEngine(LocalEngine):
         """Return shares of attention (`SupportsAttribution`); the model must run with sdpa."""
         check_attribution(key, span, entries)
         end = int(entries[-1]) + 1
-        with self._lock:
+        with self.lock:
             if self.cached(key) < end:
                 return None
             slots = self._slots(key, 0, end)
             working = WorkingSet(self._pool, slots)
-            return strongest_shares(self._runner, working, key, slots, span, entries, chunk_size=self._chunk)
+            return strongest_shares(self.runner, working, key, slots, span, entries, chunk_size=self.chunk_size)
 
     def check_integrity(self) -> None:
         """Check the conservation laws of pool and tree."""
-        with self._lock:
+        with self.lock:
             self._manager.check_integrity()
 
     def tokens_in_use(self) -> int:
         """Slots in use."""
-        with self._lock:
+        with self.lock:
             return self._manager.tokens_in_use()
 
     @property
@@ -224,10 +215,10 @@ class HFEngine(LocalEngine):
         working = WorkingSet(self._pool, lease.slots[:start], capacity=len(lease.slots))
         rows = working.length + np.arange(n - start)
         logits: list[torch.Tensor] = []
-        for at in range(0, n - start, self._chunk):
-            part = slice(at, min(at + self._chunk, n - start))
+        for at in range(0, n - start, self.chunk_size):
+            part = slice(at, min(at + self.chunk_size, n - start))
             wanted = max(0, part.stop - max(part.start, n - start - num_last))
-            out = self._runner.forward(
+            out = self.runner.forward(
                 working, key.ids[start:][part], key.positions[start:][part], rows[part], num_logits=max(wanted, 1)
             )
             assert out is not None, "no stop layer was asked for"
@@ -241,7 +232,7 @@ class HFEngine(LocalEngine):
     def _decode(self, lease: Lease, working: WorkingSet, token: int, position: int) -> torch.Tensor:
         slot = self._manager.append(lease, np.array([token]))
         row = np.array([working.length])
-        logits = self._runner.forward(working, np.array([token]), np.array([position]), row)
+        logits = self.runner.forward(working, np.array([token]), np.array([position]), row)
         assert logits is not None, "no stop layer was asked for"
         self._pool.write(slot, working.k[:, row], working.v[:, row])
         return logits[0]
@@ -254,7 +245,7 @@ class HFEngine(LocalEngine):
             self._manager.drop(key.ids, cached, extra_key=key.extra_key)
         old = key.cut(cached)
         with self._manager.open_edit(old.ids, extra_key=key.extra_key, start=first) as path:
-            view = HFEditView(old, spans, path, self._pool, self._runner, self._rotary, self._chunk)
+            view = HFEditView(old, spans, path, self._pool, self.runner, self.rotary, self.chunk_size)
             if not (eraser.suffix_free and self._manager.match(new_key.ids, extra_key=key.extra_key) >= spans[-1][1]):
                 eraser.erase(view)
             if not view.rebuild_asked:

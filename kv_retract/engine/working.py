@@ -45,6 +45,17 @@ class WorkingSet:
             torch.index_select(pool.k[layer], 0, visible, out=self.k[layer, : self.length])
             torch.index_select(pool.v[layer], 0, visible, out=self.v[layer, : self.length])
 
+    @classmethod
+    def of(cls, k: torch.Tensor, v: torch.Tensor, *, capacity: int = 0) -> WorkingSet:
+        """Return a working set of keys, rotated, and values; shapes (num_layers, num_tokens, num_kv_heads, head_dim).
+
+        The tensors are copied where `capacity` asks for more rows, and taken over else.
+        """
+        working = cls.__new__(cls)
+        working.k, working.v, working.length = k, v, k.shape[1]
+        working.reserve(capacity)
+        return working
+
     def reserve(self, rows: int) -> None:
         """Make room for `rows` rows in all; doubles, so that decoding copies each row a constant number of times."""
         if rows <= self.k.shape[1]:
@@ -82,7 +93,6 @@ class ModelRunner:
     def __init__(self, model: Any) -> None:
         self.model = model
         self._cache_argument = cache_argument_of(model)
-        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.num_layers = int(model.config.num_hidden_layers)
 
     @cached_property
@@ -125,8 +135,7 @@ class ModelRunner:
         where = torch.from_numpy(rows).to(device)
         cache = Cache(layers=[_WorkingLayer(working, i, where, end, stop_layer) for i in range(self.num_layers)])
         kwargs: dict[str, Any] = {self._cache_argument: cache, "use_cache": True}
-        if self._keeps_logits:
-            kwargs["logits_to_keep"] = num_logits
+        kwargs |= logits_argument(self.model, num_logits)
         from_start = int(rows[0]) == 0 and end == n
         last_only = n == 1 and int(rows[0]) == end - 1
         if visible is not None or not (from_start or last_only):
@@ -190,6 +199,11 @@ class _WorkingLayer(CacheLayerMixin):
 def cache_argument_of(model: Any) -> str:
     """Return how a model's forward pass calls its cache: transformers 5.24 renamed it and deprecates the old name."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def logits_argument(model: Any, num_logits: int) -> dict[str, int]:
+    """Return what asks a model for the logits of so many last tokens; nothing where it always gives all."""
+    return {"logits_to_keep": num_logits} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def additive_mask(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -145,6 +145,33 @@ class PrefixCacheConformance:
         want = [pages(10), pages(11), pages(12), hidden, pages(12)]
         assert sorted(index.held_slots().reshape(-1, page_size).tolist()) == sorted(row.tolist() for row in want)
 
+    def test_paths_make_the_same_index_again(
+        self, make_index: Callable[[int], PrefixCache], index: PrefixCache, pages: Pages, page_size: int
+    ) -> None:
+        """Whole paths with their namespaces, tombstones and shared pages; no path that another one continues."""
+        hidden = np.full(page_size, NO_SLOT, dtype=np.int64)
+        ends = [
+            ("", pages(0, 1, 2, 3), pages(10, 11, 12, 13)),
+            ("", pages(0, 1, 7), pages(10, 11, 17)),
+            ("", pages(0, -5, 2), np.concatenate([pages(10), hidden, pages(12)])),
+            ("b\0", pages(0, 1), pages(20, 21)),
+        ]
+        for extra_key, ids, slots in [("", pages(0, 1), pages(10, 11)), *ends]:
+            index.insert(ids, slots, extra_key=extra_key)
+        paths = list(index.paths())
+        twin = make_index(page_size)
+        for extra_key, ids, slots in paths:
+            twin.insert(ids, slots, extra_key=extra_key)
+        found = [(extra_key, ids.tolist(), slots.tolist()) for extra_key, ids, slots in paths]
+        assert sorted(found) == sorted((extra_key, ids.tolist(), slots.tolist()) for extra_key, ids, slots in ends)
+        held = [np.sort(one.held_slots().reshape(-1, page_size), axis=0).tolist() for one in (index, twin)]
+        assert held[0] == held[1] and twin.evictable_size == index.evictable_size
+        for _, ids, slots in paths:
+            ids[:], slots[:] = 99, 99
+        for extra_key, ids, slots in ends:
+            assert matched(index, ids, extra_key=extra_key) == slots.tolist(), "what is listed is a copy"
+        assert not list(make_index(page_size).paths())
+
     # -- locks and eviction -----------------------------------------------------------------------------------------
 
     def test_sizes_follow_locks(self, index: PrefixCache, pages: Pages, page_size: int) -> None:

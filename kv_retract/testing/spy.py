@@ -6,27 +6,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..engine.hf import HFEngine
 from ..session import KVRetractSession
 
 
 @contextmanager
 def prefilled_texts(session: KVRetractSession) -> Iterator[list[str]]:
-    """Record, decoded, every run of tokens that the session's embedded engine sends through its model.
+    """Record, decoded, every run of tokens that the session's engine sends through its model.
 
-    Yields a list that grows; the engine is restored afterwards. The forward passes are real.
+    Yields a list that grows; the model is as before afterwards. The forward passes are real.
     """
-    engine = session.engine
-    assert isinstance(engine, HFEngine), "only the embedded engine shows its forward passes"
-    runner, texts = engine._runner, list[str]()
-    forward = runner.forward
+    model = getattr(session.engine, "model", None)
+    assert model is not None, "only an engine in this process shows what its model runs"
+    texts = list[str]()
 
-    def watched(working: Any, ids: Any, *args: Any, **kwargs: Any) -> Any:
-        texts.append(session.renderer.decode(ids.tolist()))
-        return forward(working, ids, *args, **kwargs)
+    def watched(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        texts.extend(session.renderer.decode(row) for row in kwargs["input_ids"].tolist())
 
-    runner.forward = watched  # type: ignore[method-assign]
+    handle = model.register_forward_pre_hook(watched, with_kwargs=True)
     try:
         yield texts
     finally:
-        runner.forward = forward  # type: ignore[method-assign]
+        handle.remove()

@@ -6,7 +6,7 @@ and the seeded driver choose operations through it, so they share one definition
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -106,6 +106,12 @@ class CheckedCache(PrefixCache):
     @property
     def protected_size(self) -> int:
         return self.radix.protected_size
+
+    def paths(self) -> Iterator[tuple[str, IntArray, IntArray]]:
+        fast, slow = (list(index.paths()) for index in (self.radix, self.naive))
+        as_lists = [sorted((key, ids.tolist(), slots.tolist()) for key, ids, slots in found) for found in (fast, slow)]
+        assert as_lists[0] == as_lists[1]
+        return iter(fast)
 
     def held_slots(self) -> IntArray:
         return self.radix.held_slots()

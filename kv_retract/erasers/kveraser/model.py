@@ -6,7 +6,6 @@ Their parameters are float32; what they compute follows the dtype of the model.
 from __future__ import annotations
 
 import json
-import threading
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from torch.nn.functional import gelu, linear, rms_norm
 
 from ...cache.rope import Rotary, rotate_keys
 from ...errors import EraserMismatchError
+from ...hooks import in_this_thread
 from .config import CONFIG, WEIGHTS, KVEraserConfig, read_eraser_config
 
 
@@ -92,10 +92,10 @@ class AdapterNet(SteeringNet):
             model: whose forward passes are changed by hooks; its weights are not touched.
             gate: which tokens are a span's. None: all that run. Shape: (batch, num_tokens), bool
         """
-        handles = [model.get_input_embeddings().register_forward_hook(_in_this_thread(self._offset_hook(gate)))]
+        handles = [model.get_input_embeddings().register_forward_hook(in_this_thread(self._offset_hook(gate)))]
         try:
             for key, module in _linear_layers(model).items():
-                handles.append(module.register_forward_hook(_in_this_thread(self._layer_hook(key, gate))))
+                handles.append(module.register_forward_hook(in_this_thread(self._layer_hook(key, gate))))
             yield
         finally:
             for handle in handles:
@@ -219,12 +219,6 @@ def _linear_layers(model: Any) -> dict[str, nn.Linear]:
     output = model.get_output_embeddings()
     linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not output}
     return {name.replace(".", "/"): module for name, module in linear.items()}  # names of parameters have no dots
-
-
-def _in_this_thread(hook: Any) -> Any:
-    """Return a hook that does nothing in other Python threads."""
-    owner = threading.get_ident()
-    return lambda *arguments: hook(*arguments) if threading.get_ident() == owner else None
 
 
 def _gated(x: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:

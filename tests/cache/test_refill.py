@@ -1,0 +1,142 @@
+"""What is brought back from L2 and where it stands, against slow twins."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kv_retract.cache.refill import Layout, PlainPooling, choose, landmark_attention
+
+# -- choosing -------------------------------------------------------------------------------------------------------
+
+
+def slow_choice(scores, sizes, budget):
+    """Of one layer: the tokens of the blocks behind each other, the best block first, cut at the budget."""
+    tokens = iter(range(sum(sizes)))
+    blocks = [[next(tokens) for _ in range(size)] for size in sizes]
+    best_first = sorted(range(len(sizes)), key=lambda block: (-scores[block], block))
+    return sorted([token for block in best_first for token in blocks[block]][:budget])
+
+
+@given(data=st.data(), sizes=st.lists(st.integers(0, 4), max_size=8), num_layers=st.integers(1, 3))
+def test_a_choice_equals_its_slow_twin(data, sizes, num_layers):
+    of_layer = st.lists(st.integers(0, 3), min_size=len(sizes), max_size=len(sizes))  # few values: many ties
+    scores = data.draw(st.lists(of_layer, min_size=num_layers, max_size=num_layers))
+    budget = data.draw(st.integers(0, sum(sizes) + 3))
+    found = choose(torch.tensor(scores, dtype=torch.float32), np.array(sizes, dtype=np.int64), budget)
+    assert found.shape == (num_layers, min(budget, sum(sizes)))
+    assert found.tolist() == [slow_choice(layer, sizes, budget) for layer in scores]
+
+
+@pytest.mark.parametrize(
+    ("budget", "tokens"),
+    [
+        (0, []),
+        (1, [5]),
+        (3, [5, 6, 7]),
+        (4, [0, 5, 6, 7]),  # of the second best block its beginning
+        (5, [0, 1, 5, 6, 7]),
+        (6, [0, 1, 2, 5, 6, 7]),
+        (99, [0, 1, 2, 3, 4, 5, 6, 7]),
+    ],
+)
+def test_the_best_block_comes_whole_and_the_last_one_is_cut(budget, tokens):
+    scores = torch.tensor([[0.5, 0.1, 0.9]])
+    assert choose(scores, np.array([2, 3, 3]), budget).tolist() == [tokens]
+
+
+def test_each_layer_chooses_for_itself():
+    scores = torch.tensor([[0.9, 0.1], [0.1, 0.9]])
+    assert choose(scores, np.array([3, 2]), 2).tolist() == [[0, 1], [3, 4]]
+
+
+# -- positions ------------------------------------------------------------------------------------------------------
+
+
+@given(
+    sinks=st.integers(0, 5), landmarks=st.integers(1, 9), refilled=st.integers(0, 9), count=st.integers(0, 40),
+    data=st.data(),
+)  # fmt: skip
+def test_everything_stands_inside_of_its_region_and_in_order(sinks, landmarks, refilled, count, data):
+    layout = Layout(sinks=sinks, landmarks=landmarks, refilled=refilled)
+    positions = layout.of_landmarks(count)
+    assert len(positions) == count and set(positions) <= set(range(sinks, sinks + landmarks))
+    assert (np.diff(positions) >= 0).all()
+    shared = np.bincount(positions - sinks, minlength=landmarks)
+    assert shared.max() - shared.min() <= 1, "no position is shared by many while another is free"
+
+    back = data.draw(st.integers(0, refilled))
+    assert layout.local == sinks + landmarks + refilled
+    assert layout.of_refilled(back).tolist() == list(range(layout.local - back, layout.local))
+
+
+def test_few_landmarks_stand_next_to_what_is_refilled():
+    layout = Layout(sinks=4, landmarks=6, refilled=3)
+    assert layout.of_landmarks(2).tolist() == [8, 9]
+    assert layout.of_landmarks(6).tolist() == [4, 5, 6, 7, 8, 9]
+    assert layout.of_landmarks(9).tolist() == [4, 4, 5, 6, 6, 7, 8, 8, 9]
+    assert layout.of_refilled(2).tolist() == [11, 12] and layout.local == 13
+
+
+# -- attention ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_others", [0, 5])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (4, 2), (6, 1)])
+def test_shares_are_those_of_plain_attention(num_heads, num_kv_heads, num_others):
+    torch.manual_seed(0)
+    q = torch.randn(num_heads, 3, 8)
+    landmark_k, other_k = torch.randn(4, num_kv_heads, 8), torch.randn(num_others, num_kv_heads, 8)
+    found = landmark_attention(q, landmark_k, other_k, scale=0.3)
+    assert found.shape == (num_heads, 3, 4)
+    for head in range(num_heads):
+        kv_head = head // (num_heads // num_kv_heads)
+        for query in range(3):
+            weights = [
+                math.exp(0.3 * sum(float(a * b) for a, b in zip(q[head, query], key[kv_head], strict=True)))
+                for key in [*landmark_k, *other_k]
+            ]
+            wanted = [weight / sum(weights) for weight in weights[:4]]
+            assert found[head, query].tolist() == pytest.approx(wanted, abs=1e-5)
+
+
+def test_shares_are_computed_in_float32():
+    torch.manual_seed(0)
+    parts = [torch.randn(shape).bfloat16() for shape in ((4, 3, 8), (4, 2, 8), (5, 2, 8))]
+    found = landmark_attention(*parts, scale=0.3)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, landmark_attention(*(part.float() for part in parts), scale=0.3))
+
+
+# -- pooling --------------------------------------------------------------------------------------------------------
+
+POOLED = {"max": max, "mean": lambda values: sum(values) / len(values)}
+
+
+@pytest.mark.parametrize("queries", POOLED)
+@pytest.mark.parametrize("heads", POOLED)
+def test_queries_are_pooled_then_heads(heads, queries):
+    shares = torch.rand(4, 3, 5, generator=torch.Generator().manual_seed(0))
+    found = PlainPooling(heads=heads, queries=queries).scores(0, shares)
+    of_heads = [[POOLED[queries](shares[head, :, mark].tolist()) for mark in range(5)] for head in range(4)]
+    wanted = [POOLED[heads]([of_head[mark] for of_head in of_heads]) for mark in range(5)]
+    assert found.tolist() == pytest.approx(wanted, abs=1e-6)
+
+
+def test_layers_choose_together_by_the_sum_of_their_scores():
+    shares = list(torch.rand(3, 4, 2, 5, generator=torch.Generator().manual_seed(0)))
+    alone = PlainPooling().all_scores(shares)
+    assert alone.shape == (3, 5) and not torch.equal(alone[0], alone[1])
+    together = PlainPooling(together=True).all_scores(iter(shares))
+    assert together.shape == (3, 5)
+    for layer in together:
+        torch.testing.assert_close(layer, alone[0] + alone[1] + alone[2])
+
+
+@pytest.mark.parametrize("axis", ["heads", "queries"])
+def test_unknown_names_are_refused(axis):
+    with pytest.raises(ValueError, match=f"expected {axis} pooled by max or mean, got 'sum'"):
+        PlainPooling(**{axis: "sum"})
