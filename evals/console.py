@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .replay import ReplayResult
 
 MAX_PROBLEMS = 5
+_APART = "overview"
+"""The task that is not among all tasks (`acre_questions.OVERVIEW`)."""
 _REPLAY_COLUMNS = ("n", "kl_mean", "kl_se", "top1", "tokens_erased", "tokens_recomputed", "edit_ms_median")
 
 
@@ -157,6 +159,44 @@ def print_cascade(metrics: Mapping[str, Any], console: Console) -> None:
     table = _table("arm", "cascade", *(name.replace("_", " ") for name in names))
     for row in metrics["rows"]:
         table.add_row(Text(row["arm"]), row["cascade"], *(number(row[name]) for name in names))
+    console.print(table)
+
+
+def print_acre(metrics: Mapping[str, Any], console: Console) -> None:
+    """Print every arm at every length, what is left after retractions, and what refilling costs."""
+    config = metrics["config"]
+    console.print(
+        f"Model {config['model']}, split {config['split']}, windows of {config['window']} tokens, "
+        f"{config['n']} threads per task and length",
+        markup=False, highlight=False,
+    )  # fmt: skip
+    _print_shares(
+        console, metrics["rows"], ("accuracy", "leak"),
+        ("ttft_ms_median", "tokens_refilled", "peak_device_mb", "peak_host_mb"),
+    )  # fmt: skip
+    if metrics["retraction"]:
+        _print_shares(
+            console, metrics["retraction"], ("affected_accuracy", "leak", "unaffected_accuracy"),
+            ("edit_ms_median", "tokens_recomputed"),
+        )  # fmt: skip
+    if cost := metrics["refill_cost"]:
+        console.print(
+            f"Bringing {cost['tokens']} tokens back: {number(cost['refill_ms'])} ms, {cost['ratio']:.1%} of the "
+            f"{number(cost['encode_ms'])} ms of reading them again."
+        )
+
+
+def _print_shares(
+    console: Console, rows: Iterable[Mapping[str, Any]], shares: Sequence[str], others: Sequence[str]
+) -> None:
+    """Print rows over all tasks, and those of the task that is not among them; shares with their errors."""
+    table = _table("arm", "task", "windows", "n", *(name.replace("_", " ") for name in (*shares, *others)))
+    for row in rows:
+        if row["task"] in (ALL, _APART):
+            figures = [f"{number(row[name])} ± {number(row[f'{name}_se'])}" for name in shares]
+            sizes = [row["task"], str(row["times_window"]), str(row["n"])]
+            cells = [*sizes, *figures, *(number(row[name]) for name in others)]
+            table.add_row(Text(row["arm"]), *cells)
     console.print(table)
 
 

@@ -49,8 +49,10 @@ evaluate.command("erasers")(quality.eval_erasers)
 evaluate.command("repeated")(quality.eval_repeated)
 evaluate.command("policies")(quality.eval_policies)
 evaluate.command("cascade")(quality.eval_cascade)
+evaluate.command("acre")(quality.eval_acre)
 train.command("reference")(make.train_reference)
 train.command("eraser")(make.train_eraser)
+train.command("acre")(make.train_acre)
 
 
 @app.callback(invoke_without_command=True)

@@ -172,3 +172,46 @@ def eval_cascade(
         split=split, seed=seed, device=device, dtype=dtype.value,
     )  # fmt: skip
     show_document(lambda tick: run(settings, progress=tick), "traces", print_cascade, as_json)
+
+
+def eval_acre(
+    model: Model = "reference",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for results, which must be new. Default: runs/acre-TIME.")
+    ] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option("--task", help="Task family, or overview; repeatable. Default: six of them.")
+    ] = None,
+    times: Annotated[
+        list[int] | None, typer.Option(min=1, help="Length of the threads, in windows; repeatable. Default: 2, 4, 8.")
+    ] = None,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option("--arm", "-a", help="As acre:ratio=16,refill=512; repeatable. Default: all, and some sizes."),
+    ] = None,
+    n: Annotated[int, typer.Option("--n", min=1, help="Threads per task and length.")] = 8,
+    window: Annotated[int, typer.Option(min=1, help="Tokens of a window.")] = 1024,
+    landmarks: Annotated[
+        str, typer.Option(help="Folder of trained landmarks. Default: those that are bundled for the model.")
+    ] = "",
+    retract: Annotated[bool, typer.Option("--retract", help="Take spans of old windows back, too.")] = False,
+    bench: Annotated[bool, typer.Option("--bench", help="Time refilling against reading again, too.")] = False,
+    workers: Workers = 1,
+    split: SplitOption = "test",
+    seed: FirstSeed = 0,
+    device: Device = "cpu",
+    dtype: DtypeOption = Dtype.FLOAT32,
+    as_json: Json = False,
+) -> None:
+    """Ask about threads of several times the window: what is right, from how much memory, how soon."""
+    from ..evals.acre import ARMS, TIMES, AcreEval
+    from ..evals.acre import eval_acre as run
+    from ..evals.console import print_acre
+    from ..evals.specs import parse_specs
+
+    settings = AcreEval(
+        out=out or Path("runs") / f"acre-{now()}", model=model, tasks=tuple(tasks or ()), times=tuple(times or TIMES),
+        arms=tuple(parse_specs(arm)) if arm else ARMS, n=n, window=window, landmarks=landmarks, retract=retract,
+        bench=bench, workers=workers, split=split, seed=seed, device=device, dtype=dtype.value,
+    )  # fmt: skip
+    show_document(lambda tick: run(settings, progress=tick), "threads", print_acre, as_json)

@@ -111,6 +111,41 @@ def train_eraser(
     _tell(out, "eraser", done, settings.steps, as_json)
 
 
+def train_acre(
+    out: Annotated[Path, typer.Option(help="Folder of the run; the same folder resumes it.")],
+    model: Model = "reference",
+    config: Annotated[Path | None, typer.Option(help="JSON file with fields of AcreTraining.")] = None,
+    text: Texts = None,
+    start: Annotated[Path | None, typer.Option("--from", help="Folder of landmarks to train further.")] = None,
+    device: Device = "cpu",
+    dtype: DtypeOption = Dtype.FLOAT32,
+    minutes: Annotated[float | None, typer.Option(min=0, help="Stop with a checkpoint after so long.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train landmarks for threads beyond the window, or go on with a run that was stopped.
+
+    Writes config.json, log.jsonl, loss.svg, state.pt and, once finished, the folder landmarks.
+    """
+    from ..engine.models import load_model
+    from ..evals.plots import loss_plot
+    from ..training.acre import train_acre as run
+    from ..training.acre_config import read_acre_training
+    from ..training.checkpoint import read_log
+    from ..training.texts import read_texts
+
+    settings = read_acre_training(config)
+    texts = read_texts(text or ())
+    loaded = load_model(model, device=device, dtype=dtype.value)
+    with progress_bar("steps") as tick:
+        done = run(
+            loaded, settings, out, texts=texts, start=start, seconds=minutes and minutes * 60, progress=tick
+        )  # fmt: skip
+    losses = {"search": "KL of scores from the evidence", "answer": "loss of answers", "text": "KL of the text"}
+    drawn = loss_plot(read_log(out), losses=losses, shares=("found", "right"), share="questions of the validation")
+    (out / "loss.svg").write_bytes(drawn)
+    _tell(out, "landmarks", done, settings.steps, as_json)
+
+
 def _tell(out: Path, name: str, done: int, steps: int, as_json: bool) -> None:
     finished = (out / name).is_dir()
     if as_json:

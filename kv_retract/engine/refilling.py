@@ -93,6 +93,11 @@ class Answering:
         """Of the token that comes next."""
         return self._windows.start + len(self._ids)
 
+    @property
+    def rows(self) -> int:
+        """Tokens and landmarks in the working cache, which lies on the device."""
+        return self._working.length
+
     def begin(self) -> States:
         """Read the tokens whose states were not given, without anything brought back; return the states of all."""
         known = self._working.length - self._before

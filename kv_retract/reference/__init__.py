@@ -1,4 +1,4 @@
-"""What is bundled: the reference model, and the tokenizer of the random models."""
+"""What is bundled: the reference model, its learned erasers and landmarks, and the tokenizer of the random models."""
 
 from __future__ import annotations
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import random
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,25 +12,20 @@ import torch
 
 from ..engine.models import LoadedModel
 from ..engine.support import inspect_model
-from ..engine.working import fingerprint_of
 from ..erasers import KVEraserEraser
 from ..erasers.kveraser.config import KVEraserConfig
 from ..erasers.kveraser.model import SteeringNet, load_net, new_net
 from ..errors import EraserMismatchError
-from .checkpoint import RunFolder
-from .config import ConfigError, steps_of
 from .corpus import training_families
 from .edits import EditRow
 from .encoding import RowEncoder
 from .eraser_batches import draw_edit, edit_batches
 from .eraser_config import EraserTraining
+from .frozen import BEST as BEST
+from .frozen import begun_with, train_beside
 from .rendered import encoder_for
 from .steering import EditBatch, collate_edits, edit_loss, student_logits, teacher_logits
-from .texts import check_texts
-from .trainer import LoopConfig, train
 
-BEST = "best"
-"""Folder of the eraser with the lowest divergence in a validation."""
 VALIDATION_LENGTHS = (300, 1500, 4000)
 """Tokens of the threads of a validation: what is best on short ones alone leaks on long ones (evals/LOG.md)."""
 
@@ -104,67 +97,38 @@ def train_eraser(
         UnsupportedModelError: the model's caches cannot be edited.
     """
     model: Any = loaded.model
-    fingerprint = fingerprint_of(model)
-    if config.base not in ("", fingerprint):
-        raise ConfigError(
-            f"the configuration was used on a model of fingerprint {config.base}, got {loaded.name!r} of "
-            f"{fingerprint}; empty its field base to train on another model"
-        )
-    config = replace(
-        config,
-        text_digest=check_texts(texts, config.text_digest),
-        base=fingerprint,
-        start=_check_start(start, config.start),
-    )
+    further = "" if start is None else KVEraserEraser(path=str(start)).eraser_id
+    config = replace(config, **begun_with(config, loaded, texts, further))
     _, rotary = inspect_model(model, name=loaded.name)
     encoder = encoder_for(loaded.tokenizer)
     ids = [encoder.ids(text) for text in texts]
     eraser = KVEraserConfig(
         variant=config.variant, rank=config.rank, scale=config.scale, hidden=config.hidden,
-        fingerprint=fingerprint, base=loaded.name,
+        fingerprint=config.base, base=loaded.name,
     )  # fmt: skip
     net = (_fresh_net(model, eraser, config.seed) if start is None else _net_of(start, eraser)).to(model.device)
-    folder = RunFolder(out, config.to_json())
 
     def step_of(batch: EditBatch) -> tuple[torch.Tensor, dict[str, float]]:
         batch = batch.to(model.device)
         loss = edit_loss(student_logits(model, net, batch, rotary=rotary), teacher_logits(model, batch), batch)
         return loss, {"kl": float(loss.detach())}
 
-    def validate(step: int) -> dict[str, Any]:
-        found = validation_of(model, net, config, encoder, rotary, n=validation)
-        if sum(found["validation_kl"].values()) <= min(_validations(folder), default=float("inf")):
-            net.save(out / BEST)
-        return found
-
-    def stop() -> bool:
-        scores = _validations(folder)
-        return bool(config.patience and scores) and len(scores) - 1 - scores.index(min(scores)) >= config.patience
-
-    with _frozen(model):
-        done = train(
-            list(net.parameters()),
-            lambda step: edit_batches(config, encoder, ids, start=step),
-            step_of,
-            LoopConfig(
-                steps=config.steps, learning_rate=config.learning_rate, warmup=config.warmup, weight_decay=0.0,
-                restarts=steps_of(config.restarts, config.steps), accumulate=config.accumulate,
-            ),
-            folder,
-            state=net.state_dict,
-            restore=net.load_state_dict,
-            validate=validate if validation else None,
-            validate_every=validate_every,
-            stop=stop,
-            seconds=seconds,
-            progress=progress,
-        )  # fmt: skip
-    if done == config.steps or stop():
-        if (out / BEST).is_dir():
-            shutil.copytree(out / BEST, out / "eraser", dirs_exist_ok=True)
-        else:
-            net.save(out / "eraser")
-    return done
+    return train_beside(
+        model,
+        net,
+        config,
+        out,
+        "eraser",
+        batches=lambda step: edit_batches(config, encoder, ids, start=step),
+        step_of=step_of,
+        save=net.save,
+        validate=(lambda: validation_of(model, net, config, encoder, rotary, n=validation)) if validation else None,
+        loss_of=lambda entry: sum(entry["validation_kl"].values()) if "validation_kl" in entry else None,
+        validate_every=validate_every,
+        patience=config.patience,
+        seconds=seconds,
+        progress=progress,
+    )
 
 
 def validation_of(
@@ -210,36 +174,3 @@ def _net_of(folder: Path, config: KVEraserConfig) -> SteeringNet:
             + "; give the run's configuration those of the eraser"
         )
     return net.requires_grad_(True)
-
-
-def _check_start(folder: Path | None, wanted: str) -> str:
-    """Return which eraser a run begins with.
-
-    Raises:
-        ConfigError: another one is wanted.
-    """
-    found = KVEraserEraser(path=str(folder)).eraser_id if folder is not None else ""
-    if wanted and found != wanted:
-        raise ConfigError(
-            f"the configuration was used to train {wanted} further, got {found or 'none'}: name that one's folder, or "
-            "empty the field start in the configuration"
-        )
-    return found
-
-
-@contextmanager
-def _frozen(model: Any) -> Iterator[None]:
-    """Keep gradients from a model's parameters."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-
-
-def _validations(folder: RunFolder) -> list[float]:
-    """Return the divergence of all validations so far, summed over families; a resumed run repeats some of them."""
-    found = {e["step"]: sum(e["validation_kl"].values()) for e in folder.entries() if "validation_kl" in e}
-    return list(found.values())

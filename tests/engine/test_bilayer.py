@@ -12,6 +12,7 @@ from kv_retract.engine.bilayer import BiLayer, BiLayerEngine
 from kv_retract.engine.hf import HFEngine
 from kv_retract.erasers import MaskEraser, RecomputeEraser
 from kv_retract.errors import ColdTombstoneError, PoolExhaustedError
+from kv_retract.landmarks import LandmarkNet, PooledLandmarks
 from kv_retract.testing.models import tiny_model
 from kv_retract.types import SamplingParams
 
@@ -211,6 +212,22 @@ def test_purge_takes_every_path_that_read_the_entry(engine):
     assert kept[0] == 120, "this fork never read the entry"
     assert all(n <= 40 for n in kept[1:]) and engine.cached(key_of(ids[:50])) <= 40
     assert engine.cached(key_of(ids[:30])) == 30
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_device_holds_landmarks_and_the_budget_whatever_the_length(model, trained):
+    """But for L1, nothing on the device grows with the thread; L2 is not there."""
+    landmarks = LandmarkNet.for_model(model).requires_grad_(False) if trained else PooledLandmarks()
+    most = SMALL.sinks + SMALL.refill + SMALL.overlap + SMALL.local
+    for length in (60, 150, 310):
+        engine = BiLayerEngine(HFEngine(model, max_tokens=600), SMALL, landmarks=landmarks)
+        answering, _, lease = engine._answering(key_of(ids_of(length)), 1)
+        count = SMALL.moved(length) * 4
+        assert answering.rows <= most + count * trained
+        assert engine.inner.tokens_in_use() <= SMALL.local
+        assert engine.windows.pool.landmark_k.shape[1] == 320 // 4
+        assert len(answering._parts.landmarks) == count
+        engine.windows.manager.release(lease)
 
 
 def test_refreshing_chooses_again_while_decoding(model):

@@ -7,11 +7,13 @@ import torch
 
 from kv_retract.engine.bilayer import BiLayer, BiLayerEngine
 from kv_retract.engine.hf import HFEngine
+from kv_retract.engine.models import load_model
 from kv_retract.engine.working import fingerprint_of
 from kv_retract.errors import LandmarkMismatchError
-from kv_retract.landmarks import LandmarkConfig, LandmarkNet, PooledLandmarks, find_landmarks
+from kv_retract.landmarks import SHIPPED, LandmarkConfig, LandmarkNet, PooledLandmarks, find_landmarks
 from kv_retract.landmarks.config import CONFIG, WEIGHTS
 from kv_retract.testing.models import tiny_model
+from kv_retract.training.acre_config import read_acre_training
 
 SMALL = {"window": 16, "ratio": 4, "local": 64, "queries": 8, "refill": 16, "max_tokens": 320}
 
@@ -41,6 +43,16 @@ def test_a_folder_gives_what_was_saved_frozen(model, folder):
 def test_a_model_without_bundled_ones_gets_pooled_ones(model):
     assert isinstance(find_landmarks("", model, fingerprint_of(model)), PooledLandmarks)
     assert isinstance(find_landmarks("pooled", model, fingerprint_of(model)), PooledLandmarks)
+
+
+def test_the_reference_model_has_bundled_ones():
+    loaded = load_model("reference")
+    found = find_landmarks("", loaded.model, fingerprint_of(loaded.model))
+    assert isinstance(found, LandmarkNet) and found.heads.shape == (6, 6)
+    config = read_acre_training(SHIPPED / "training" / "config.json")
+    assert config.base == fingerprint_of(loaded.model)
+    steps = [json.loads(line)["step"] for line in (SHIPPED / "training" / "log.jsonl").read_text().splitlines()]
+    assert steps[-1] == config.steps
 
 
 def test_those_of_another_model_are_refused(folder):

@@ -121,9 +121,7 @@ def test_a_guarantee_leaves_nothing_that_read_the_text(loaded):
     fresh = open_session(loaded, engine=BiLayerEngine)
     key = session.key("t", messages)
     assert np.all(key.ids >= 0)
-    torch.testing.assert_close(
-        session.engine.extend(key).logits, fresh.engine.extend(key).logits, atol=2e-4, rtol=1e-4
-    )
+    torch.testing.assert_close(session.engine.extend(key).logits, fresh.engine.extend(key).logits, atol=2e-4, rtol=1e-4)
 
 
 def test_a_healed_thread_is_what_it_would_be_without_the_text(loaded):
@@ -156,9 +154,7 @@ def test_undo_reads_the_original_again(loaded):
     assert "<m3>" in offered(session)
     fresh = open_session(loaded, engine=BiLayerEngine)
     key = session.key("t", messages)
-    torch.testing.assert_close(
-        session.engine.extend(key).logits, fresh.engine.extend(key).logits, atol=2e-4, rtol=1e-4
-    )
+    torch.testing.assert_close(session.engine.extend(key).logits, fresh.engine.extend(key).logits, atol=2e-4, rtol=1e-4)
 
 
 def test_windows_in_a_folder_survive_a_restart_with_what_was_retracted(loaded, tmp_path):
@@ -207,7 +203,6 @@ class LongThreads(Threads):
 
     def assert_clean(self, name, messages, texts):
         super().assert_clean(name, messages, [*texts, offered(self.session)])
-
 
     @invariant()
     def nothing_is_locked(self):
