@@ -4,11 +4,15 @@ import json
 import os
 import subprocess
 import sys
+import xml.etree.ElementTree as ET
 
 import pytest
 from typer.testing import CliRunner
 
 from kv_retract.cli import app
+from kv_retract.engine.models import load_model
+from kv_retract.engine.working import fingerprint_of
+from kv_retract.landmarks import LandmarkNet
 from kv_retract.trace import read_traces
 from kv_retract.training.corpus import generate
 from kv_retract.training.samples import CorpusSample
@@ -17,6 +21,11 @@ PROGRAM = [sys.executable, "-c", "from kv_retract.cli import main; main()"]
 TINY = {
     "hidden_size": 48, "intermediate_size": 32, "num_layers": 2, "num_heads": 6, "num_kv_heads": 2, "head_dim": 16,
     "steps": 3, "batch_tokens": 128, "lengths": [[0.0, 96]], "warmup": 1, "families": ["needles"],
+}  # fmt: skip
+
+ACRE = {
+    "pretrain_steps": 1, "finetune_steps": 1, "lengths": [[0.0, 256]], "attended": 256, "windows": [32, 64],
+    "ratios": [8, 16], "budgets": [32], "overlap": 8, "landmark_positions": 32, "queries": 16, "most_probes": 2,
 }  # fmt: skip
 
 
@@ -36,8 +45,9 @@ def process(*arguments):
     ("command", "told"),
     [
         (("corpus",), ("--out", "--family", "--length", "--seed", "--n", "--split", "--json")),
-        (("train",), ("reference",)),
+        (("train",), ("reference", "acre")),
         (("train", "reference"), ("--out", "--config", "--device", "--compile", "--minutes", "--json")),
+        (("train", "acre"), ("--out", "--model", "--config", "--text", "--from", "--device", "--dtype", "--minutes")),
         (("eval",), ("reference",)),
         (("eval", "reference"), ("--out", "--model", "--family", "--length", "--n", "--split", "--workers", "--json")),
     ],
@@ -100,6 +110,29 @@ def test_train_in_a_process_of_its_own(config, tmp_path):
     assert again.returncode == 0 and again.stdout == f"3 of 3 steps, finished: {out / 'model'}\n"
 
 
+def test_landmarks_are_trained_stopped_and_trained_further(kv_retract, tmp_path):
+    config, text, out = tmp_path / "acre.json", tmp_path / "text.txt", tmp_path / "run"
+    write(config, json.dumps(ACRE))
+    write(text, "The cat sat on the mat. " * 60)
+    train = ("train", "acre", "--model", "random", "--config", config, "--text", text, "--out")
+    code, told, err = kv_retract(*train, out, "--minutes", 0)
+    assert (code, err, told) == (0, "", "1 of 2 steps, stopped; the same command goes on\n")
+    code, told, err = kv_retract(*train, out, "--json")
+    assert (code, err) == (0, "") and json.loads(told) == {"out": str(out), "steps": 2, "finished": True}
+    assert {path.name for path in out.iterdir()} >= {"config.json", "log.jsonl", "loss.svg", "state.pt", "landmarks"}
+    assert "found" in json.loads((out / "log.jsonl").read_text().splitlines()[-1]), "validated at the end"
+    ET.fromstring((out / "loss.svg").read_text())
+    loaded = load_model("random")
+    net = LandmarkNet.load(out / "landmarks", loaded.model, fingerprint_of(loaded.model))
+
+    code, told, err = kv_retract(*train, tmp_path / "more", "--from", out / "landmarks", "--minutes", 0)
+    assert (code, err) == (0, "")
+    begun = json.loads((tmp_path / "more" / "config.json").read_text())
+    assert begun["start"] == net.identity and begun["base"] == fingerprint_of(loaded.model) and begun["text_digest"]
+    code, told, err = kv_retract(*train, tmp_path / "more")
+    assert code == 2 and told == "" and "another configuration (start)" in err and err.count("\n") == 1
+
+
 def test_eval_prints_one_document(kv_retract, monkeypatch, tmp_path):
     seen = []
 
@@ -145,6 +178,13 @@ def write(path, text):
         (("train", "reference", "--out", "{0}/other", "--minutes", "0"), "another configuration"),
         (("train", "reference", "--out", "{0}/run", "--minutes", "-1"), "kv-retract train reference --help"),
         (("train", "reference", "--out", "{0}/run", "--device", "nope", "--minutes", "0"), "nope"),
+        (("train", "acre"), "Missing option '--out'"),
+        (("train", "acre", "--out", "{0}/run", "--config", "{0}/there"), "fields of AcreTraining"),
+        (("train", "acre", "--out", "{0}/run", "--model", "nope"), "a registered model"),
+        (("train", "acre", "--out", "{0}/run", "--text", "{0}/no.txt"), "cannot read text of"),
+        (("train", "acre", "--out", "{0}/run", "--model", "random", "--from", "{0}/no"), "expected trained landmarks"),
+        (("train", "acre", "--out", "{0}/other", "--model", "random", "--minutes", "0"), "another configuration"),
+        (("train", "acre", "--out", "{0}/run", "--minutes", "-1"), "kv-retract train acre --help"),
         (("eval", "reference", "--out", "{0}/o", "--model", "nope"), "a registered model"),
         (("eval", "reference", "--out", "{0}/o", "--family", "nope", "--model", "random"), "unknown task family"),
         (("eval", "reference", "--out", "{0}/o", "--split", "dev", "--model", "random"), "expected a split of"),

@@ -50,8 +50,6 @@ def train_reference(
 
     Writes config.json, log.jsonl, loss.svg, state.pt and, once finished, the folder model.
     """
-    from ..evals.plots import loss_plot
-    from ..training.checkpoint import read_log
     from ..training.config import read_config
     from ..training.reference import train_reference as run
     from ..training.texts import read_texts
@@ -63,11 +61,10 @@ def train_reference(
             settings, out, texts=texts, device=device, compiled=compiled, seconds=minutes and minutes * 60,
             progress=tick,
         )  # fmt: skip
-    drawn = loss_plot(
-        read_log(out), losses={"answer": "loss of answers", "text": "loss of the text"},
-        shares=("clean", "notes", "test"), share="probes answered exactly",
+    _draw(
+        out, losses={"answer": "loss of answers", "text": "loss of the text"}, shares=("clean", "notes", "test"),
+        share="probes answered exactly",
     )  # fmt: skip
-    (out / "loss.svg").write_bytes(drawn)
     _tell(out, "model", done, settings.steps, as_json)
 
 
@@ -89,8 +86,6 @@ def train_eraser(
     Writes config.json, log.jsonl, loss.svg, state.pt and, once finished, the folder eraser.
     """
     from ..engine.models import load_model
-    from ..evals.plots import loss_plot
-    from ..training.checkpoint import read_log
     from ..training.eraser import train_eraser as run
     from ..training.eraser_config import read_eraser_training
     from ..training.texts import read_texts
@@ -103,11 +98,10 @@ def train_eraser(
         done = run(
             loaded, settings, out, texts=texts, start=start, seconds=minutes and minutes * 60, progress=tick
         )  # fmt: skip
-    drawn = loss_plot(
-        read_log(out), losses={"kl": "KL to full recomputation"}, shares=("affected", "leak", "unaffected"),
+    _draw(
+        out, losses={"kl": "KL to full recomputation"}, shares=("affected", "leak", "unaffected"),
         share="probes of the validation",
     )  # fmt: skip
-    (out / "loss.svg").write_bytes(drawn)
     _tell(out, "eraser", done, settings.steps, as_json)
 
 
@@ -127,10 +121,8 @@ def train_acre(
     Writes config.json, log.jsonl, loss.svg, state.pt and, once finished, the folder landmarks.
     """
     from ..engine.models import load_model
-    from ..evals.plots import loss_plot
     from ..training.acre import train_acre as run
     from ..training.acre_config import read_acre_training
-    from ..training.checkpoint import read_log
     from ..training.texts import read_texts
 
     settings = read_acre_training(config)
@@ -140,10 +132,19 @@ def train_acre(
         done = run(
             loaded, settings, out, texts=texts, start=start, seconds=minutes and minutes * 60, progress=tick
         )  # fmt: skip
-    losses = {"search": "KL of scores from the evidence", "answer": "loss of answers", "text": "KL of the text"}
-    drawn = loss_plot(read_log(out), losses=losses, shares=("found", "right"), share="questions of the validation")
-    (out / "loss.svg").write_bytes(drawn)
+    # How far the search is shows in the share that is found: its divergence is not one per token.
+    _draw(
+        out, losses={"answer": "loss of answers", "text": "KL of the text"}, shares=("found", "right"),
+        share="questions of the validation",
+    )  # fmt: skip
     _tell(out, "landmarks", done, settings.steps, as_json)
+
+
+def _draw(out: Path, *, losses: dict[str, str], shares: tuple[str, ...], share: str) -> None:
+    from ..evals.plots import loss_plot
+    from ..training.checkpoint import read_log
+
+    (out / "loss.svg").write_bytes(loss_plot(read_log(out), losses=losses, shares=shares, share=share))
 
 
 def _tell(out: Path, name: str, done: int, steps: int, as_json: bool) -> None:

@@ -292,10 +292,12 @@ def test_long_threads_of_json_take_milliseconds():
         thread.append(Message("tool", json.dumps(result), tool_call_id=f"c{n}"))
     seconds = []
     for count in (1000, 2000):
-        context = PolicyContext(thread_id="t", messages=thread[:count])
-        begin = time.perf_counter()
-        assert ContradictedValue().propose(context)
-        seconds.append(time.perf_counter() - begin)
+        context, tries = PolicyContext(thread_id="t", messages=thread[:count]), []
+        for _ in range(3):
+            begin = time.process_time()  # of this process: others take turns on the same cores
+            assert ContradictedValue().propose(context)
+            tries.append(time.process_time() - begin)
+        seconds.append(min(tries))
     assert seconds[1] < 4 * seconds[0] + 0.05, "the time grows faster than the messages"
 
 

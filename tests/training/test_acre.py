@@ -206,6 +206,23 @@ def test_each_loss_teaches_the_net_and_leaves_the_model_alone(loaded, encoder):
         assert all(p.grad is None for p in model.parameters()) and equal(before, model.state_dict())
 
 
+@torch.no_grad()
+def test_every_round_of_every_question_is_taught(loaded, encoder):
+    student, config = student_of(loaded.model), replace(TINY, most_probes=4)
+    drawn = (draw_row(config, encoder, 256, random.Random(seed), families=("facts",)) for seed in range(50))
+    row = next(row for row in drawn if sum(bool(row.to_find(question)) for question in row.questions) >= 2)
+    thread, search, answer = student.read(row.ids, row.settings), [], []
+    for question in row.questions:
+        rounds, logits = student.ask(thread, question.asked, question.told)
+        answer.append(-logits.log_softmax(-1)[range(len(logits)), question.told].mean())
+        if (target := row.targets(question)) is not None:
+            search += [search_loss(scores, torch.from_numpy(target)) for scores in rounds]
+    found = losses(student, row, config)
+    assert len(search) >= 4 and len({round(float(x), 6) for x in search}) == len(search)
+    assert float(found["search"]) == pytest.approx(float(sum(search) / len(search)), rel=1e-5)
+    assert float(found["answer"]) == pytest.approx(float(sum(answer) / len(answer)), rel=1e-5)
+
+
 def test_what_a_thread_cannot_teach_is_absent(loaded, encoder):
     student, row = student_of(loaded.model), draw_row(TINY, encoder, 256, random.Random(0))
     bare = replace(row, questions=())
