@@ -19,7 +19,7 @@ SHIPPED: Final = Path(__file__).parents[1] / "reference" / "landmarks"
 class LandmarkConfig:
     """The model that landmarks belong to; JSON-able."""
 
-    fingerprint: str = ""
+    fingerprint: str
     """Of the base model (`engine.working.fingerprint_of`); its states mean nothing to another one."""
     base: str = ""
     """Name of the base model, for messages."""

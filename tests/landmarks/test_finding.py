@@ -66,7 +66,7 @@ def test_a_folder_without_landmarks_is_named(model, tmp_path):
         find_landmarks(str(tmp_path / "nothing"), model, fingerprint_of(model))
 
 
-@pytest.mark.parametrize("damage", ["cut", "other shape", "no weights", "no json"])
+@pytest.mark.parametrize("damage", ["cut", "other shape", "no weights", "no json", "no model"])
 def test_damaged_landmarks_are_refused(model, folder, damage):
     if damage == "cut":
         (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:100])
@@ -74,7 +74,9 @@ def test_damaged_landmarks_are_refused(model, folder, damage):
         LandmarkNet.for_model(tiny_model("qwen3")).save(folder, LandmarkConfig(fingerprint=fingerprint_of(model)))
     elif damage == "no weights":
         (folder / WEIGHTS).unlink()
+    elif damage == "no model":
+        (folder / CONFIG).write_text("{}")
     else:
         (folder / CONFIG).write_text(json.dumps({"fingerprint": "x", "colour": 1}))
-    with pytest.raises(LandmarkMismatchError):
+    with pytest.raises(LandmarkMismatchError, match="expected trained landmarks|cannot read the weights"):
         find_landmarks(str(folder), model, fingerprint_of(model))
