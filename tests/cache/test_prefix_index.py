@@ -96,10 +96,10 @@ def test_matching_32k_tokens_takes_milliseconds(page_size, num_nodes):
     for end in np.linspace(length / num_nodes, length, num_nodes).astype(int):
         index.insert(ids[:end], ids[:end])
     seconds = []
-    for _ in range(5):
-        started = time.perf_counter()
+    for _ in range(20):
+        started = time.process_time()  # of this process: others take turns on the same cores
         slots = index.match_prefix(ids).slots
-        seconds.append(time.perf_counter() - started)
+        seconds.append(time.process_time() - started)
     assert len(slots) == length
     assert min(seconds) < 0.005
 
