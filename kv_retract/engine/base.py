@@ -261,6 +261,16 @@ def divergence_of(
     return Divergence(kl=float(kl.clamp(min=0)), top1=float(top1), positions=num_last)
 
 
+def check_warm(ids: IntArray, first: int) -> None:
+    """Raise ColdTombstoneError where entries that are not cached, from entry `first` of a key on, hold a tombstone."""
+    cold = np.flatnonzero(is_tombstone(ids))
+    if len(cold):
+        raise ColdTombstoneError(
+            f"entry {first + cold[0]} of the key is a tombstone that is not cached: its span must be left out of "
+            "the key before the thread can be prefilled"
+        )
+
+
 def check_edit(key: ThreadKey, spans: Sequence[Interval], eraser: SupportsErase, new_key: ThreadKey) -> None:
     """Check what `Engine.erase` was given.
 

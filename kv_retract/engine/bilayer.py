@@ -24,15 +24,22 @@ import torch
 
 from ..cache.base import NO_SLOT, IntArray, ThreadKey
 from ..cache.bilayer import BiLayerPool, WindowShape
-from ..cache.keys import is_tombstone
 from ..cache.lease import Lease
 from ..cache.manager import CacheManager
 from ..cache.refill import Layout, Pooling
 from ..cache.window_file import WindowFile
-from ..errors import ColdTombstoneError
 from ..landmarks import Landmarks, find_landmarks
 from ..types import Divergence, EraseResult, Interval, SamplingParams
-from .base import Engine, ExtendResult, GeneratedToken, LogitsProcessor, SupportsErase, check_edit, divergence_of
+from .base import (
+    Engine,
+    ExtendResult,
+    GeneratedToken,
+    LogitsProcessor,
+    SupportsErase,
+    check_edit,
+    check_warm,
+    divergence_of,
+)
 from .decoding import decode
 from .hf import HFEngine
 from .refilling import Answering
@@ -229,7 +236,7 @@ class BiLayerEngine(Engine):
             if eraser.exact or first >= was_cached:
                 freed += self.windows.manager.drop(key.ids[:end], first, extra_key=key.extra_key)
                 recomputed = self._encode_anew(new_key) if first < was_cached else 0
-                counts, erased, exact = {"tokens_recomputed": recomputed, "slots_freed": 0}, 0, True
+                counts, exact = {"tokens_recomputed": recomputed, "slots_freed": 0}, True
                 erased = sum(b - a for a, b in spans if b <= was_cached)
             else:
                 erased, counts = self.windows.erase(key.cut(end), spans, new_key.cut(end))
@@ -294,12 +301,7 @@ class BiLayerEngine(Engine):
         s, moved = self.settings, self.settings.moved(len(key))
         start = moved * s.window
         local = key.ids[start:]
-        cold = np.flatnonzero(is_tombstone(local))
-        if len(cold):
-            raise ColdTombstoneError(
-                f"entry {start + cold[0]} of the key is a tombstone in the local part, which keeps none: its span must "
-                "be left out of the key"
-            )
+        check_warm(local, start)  # the local part keeps no tombstones
         if not 1 <= num_last <= len(local):
             raise ValueError(f"num_last must be in [1, {len(local)}], the local part of the thread, got {num_last}")
         lease = self.windows.lease(key, moved)
@@ -354,19 +356,16 @@ class BiLayerEngine(Engine):
         return self.inner.drop(path, moved * self._names + start)
 
     def _forget(self, key: ThreadKey, start: int, *, branches: bool) -> int:
-        s, inner, manager = self.settings, self.inner, self.windows.manager
+        window, inner, manager = self.settings.window, self.inner, self.windows.manager
+        of_windows, of_local = (manager.purge, inner.purge) if branches else (manager.drop, inner.drop)
         with inner.lock:
-            whole = len(key) // s.window * s.window
-            forget = manager.purge if branches else manager.drop
-            freed = forget(key.ids[:whole], start, extra_key=key.extra_key)
-            freed += inner.purge(key, start) if branches else inner.drop(key, start)
+            whole = len(key) // window
+            freed = of_windows(key.ids[: whole * window], start, extra_key=key.extra_key) + of_local(key, start)
             # A thread that was shorter kept fewer windows apart, and so its local part began earlier.
-            chain = self.windows.chain(key.ids, whole // s.window)
-            for moved in range(1, len(chain) + 1):
-                behind = start - moved * s.window
-                at = (moved if behind >= 0 else start // s.window) * self._names + max(0, behind)
-                path = self._local_path(key, chain[:moved])
-                freed += inner.purge(path, at) if branches else inner.drop(path, at)
+            chain = self.windows.chain(key.ids, whole)
+            for moved in range(1, whole + 1):
+                at = min(moved, start // window) * self._names + max(0, start - moved * window)
+                freed += of_local(self._local_path(key, chain[:moved]), at)
         return freed
 
 

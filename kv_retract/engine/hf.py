@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from ..cache.base import NO_SLOT, IntArray, ThreadKey
-from ..cache.keys import is_tombstone
 from ..cache.lease import Lease
 from ..cache.manager import CacheManager
 from ..cache.pool import PagedKVPool
@@ -26,6 +25,7 @@ from .base import (
     LogitsProcessor,
     SupportsErase,
     check_edit,
+    check_warm,
     end_of_edit,
 )
 from .decoding import decode
@@ -205,12 +205,7 @@ class HFEngine(LocalEngine):
                 f"{self.spec.max_positions}; shorten the thread"
             )
         start = min(cached, n - num_last)
-        cold = np.flatnonzero(is_tombstone(key.ids[start:]))
-        if len(cold):
-            raise ColdTombstoneError(
-                f"entry {start + cold[0]} of the key is a tombstone that is not cached: its span must be left out of "
-                "the key before the thread can be prefilled"
-            )
+        check_warm(key.ids[start:], start)
         new_slots = self._manager.append(lease, key.ids[cached:]) if cached < n else np.empty(0, np.int64)
         working = WorkingSet(self._pool, lease.slots[:start], capacity=len(lease.slots))
         rows = working.length + np.arange(n - start)

@@ -14,7 +14,7 @@ from ..cache.base import IntArray
 from ..cache.refill import Pooling, landmark_attention
 from ..errors import UnsupportedError
 from .window_store import Parts, WindowStore
-from .windows import States, joined
+from .windows import States
 from .working import ModelRunner, WorkingSet
 
 
@@ -82,10 +82,8 @@ class Answering:
         self._num_queries, self._num_last, self._budget, self._pooling = num_queries, num_last, budget, pooling
         self._rounds, self._refresh, self._chunk = rounds, refresh, chunk_size
         self._landmarks = len(parts.landmarks) if windows.landmarks.attended else 0
-        context = windows.context(parts)
-        self._before = len(context)  # rows of the working cache ahead of the local part
-        everything = joined([context, local])
-        self._working = WorkingSet.of(everything.k, everything.v, capacity=self._before + len(ids))
+        self._before: int  # rows of the working cache ahead of the local part
+        self._working = self._behind(windows.context(parts), local, room=len(ids) - len(local))
         self._queries = Queries(0)
 
     @property
@@ -105,8 +103,7 @@ class Answering:
         for start in range(known, newest, self._chunk):
             self._read(start, min(start + self._chunk, newest))
         self._read_newest()
-        rows = slice(self._before, self._working.length)
-        return States(self._working.k[:, rows], self._working.v[:, rows])
+        return States(self._working.k, self._working.v).part(slice(self._before, self._working.length))
 
     def refill(self) -> torch.Tensor:
         """Let the newest tokens choose, and read them again with what comes back in sight.
@@ -119,12 +116,9 @@ class Answering:
             old, parts = self._working, self._parts
             end = self._before + len(self._ids) - self._newest
             back = self._windows.refilled(parts, self._scores(end), self._budget)
-            local = States(old.k[:, self._before : end], old.v[:, self._before : end])
+            local = States(old.k, old.v).part(slice(self._before, end))
             ahead = [parts.landmarks] if self._landmarks else []
-            ahead += [parts.sinks, back, parts.overlap]
-            self._before = sum(map(len, ahead))
-            everything = joined([*ahead, local])
-            self._working = WorkingSet.of(everything.k, everything.v, capacity=len(everything) + self._newest)
+            self._working = self._behind(*ahead, parts.sinks, back, parts.overlap, local, room=self._newest)
             logits = self._read_newest()
         return logits
 
@@ -136,6 +130,11 @@ class Answering:
         if self._refresh and self._decoded % self._refresh == 0:
             logits = self.refill()
         return logits[-1]
+
+    def _behind(self, *parts: States, room: int) -> WorkingSet:
+        """Return a working cache of parts, the local one last, with room for more tokens."""
+        self._before = sum(map(len, parts[:-1]))
+        return WorkingSet.of([(p.k, p.v) for p in parts], capacity=self._before + len(parts[-1]) + room)
 
     @property
     def _newest(self) -> int:

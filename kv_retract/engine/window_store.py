@@ -11,16 +11,14 @@ import torch
 
 from ..cache.base import NO_SLOT, IntArray, ThreadKey
 from ..cache.bilayer import BiLayerPool
-from ..cache.keys import is_tombstone
 from ..cache.lease import Lease
 from ..cache.manager import CacheManager
 from ..cache.radix import RadixCache
 from ..cache.refill import Layout, choose
 from ..cache.rope import Rotary
-from ..errors import ColdTombstoneError
 from ..landmarks import Landmarks
 from ..types import Interval
-from .base import end_of_edit
+from .base import check_warm, end_of_edit
 from .windows import States, encode_window, joined
 
 
@@ -83,12 +81,7 @@ class WindowStore:
         try:
             for start in range(done, num_windows * size, size):
                 ids = key.ids[start : start + size]
-                cold = np.flatnonzero(is_tombstone(ids))
-                if len(cold):
-                    raise ColdTombstoneError(
-                        f"entry {start + cold[0]} of the key is a tombstone that is not cached: its span must be left "
-                        "out of the key before its window can be encoded"
-                    )
+                check_warm(ids, start)
                 self.manager.append(lease, ids)
                 self._encode(lease.slots[:start], lease.slots[start:], ids)
                 done = start + size

@@ -7,7 +7,7 @@ at the end (prefill, decode) or scattered in the middle (erasers that recompute 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from hashlib import sha256
 from typing import Any
@@ -46,14 +46,20 @@ class WorkingSet:
             torch.index_select(pool.v[layer], 0, visible, out=self.v[layer, : self.length])
 
     @classmethod
-    def of(cls, k: torch.Tensor, v: torch.Tensor, *, capacity: int = 0) -> WorkingSet:
-        """Return a working set of keys, rotated, and values; shapes (num_layers, num_tokens, num_kv_heads, head_dim).
+    def of(cls, parts: Sequence[tuple[torch.Tensor, torch.Tensor]], *, capacity: int) -> WorkingSet:
+        """Return a working set of copies of some K, rotated, and V behind each other, with `capacity` rows reserved.
 
-        The tensors are copied where `capacity` asks for more rows, and taken over else.
+        Shape of each: (num_layers, num_tokens, num_kv_heads, head_dim)
         """
+        first = parts[0][0]
         working = cls.__new__(cls)
-        working.k, working.v, working.length = k, v, k.shape[1]
-        working.reserve(capacity)
+        working.length = sum(k.shape[1] for k, _ in parts)
+        shape = (first.shape[0], max(capacity, working.length), *first.shape[2:])
+        working.k, working.v = first.new_empty(shape), first.new_empty(shape)
+        at = 0
+        for k, v in parts:
+            rows = slice(at, at := at + k.shape[1])
+            working.k[:, rows], working.v[:, rows] = k, v
         return working
 
     def reserve(self, rows: int) -> None:

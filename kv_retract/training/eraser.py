@@ -21,7 +21,6 @@ from .edits import EditRow
 from .encoding import RowEncoder
 from .eraser_batches import draw_edit, edit_batches
 from .eraser_config import EraserTraining
-from .frozen import BEST as BEST
 from .frozen import begun_with, train_beside
 from .rendered import encoder_for
 from .steering import EditBatch, collate_edits, edit_loss, student_logits, teacher_logits

@@ -16,9 +16,10 @@ from kv_retract.errors import EraserMismatchError
 from kv_retract.testing.erasers import erase
 from kv_retract.training.checkpoint import CheckpointError, read_log
 from kv_retract.training.config import ConfigError
-from kv_retract.training.eraser import BEST, train_eraser
+from kv_retract.training.eraser import train_eraser
 from kv_retract.training.eraser_batches import edit_batches
 from kv_retract.training.eraser_config import EraserTraining, read_eraser_training
+from kv_retract.training.frozen import BEST
 from kv_retract.training.texts import TextError
 
 SMALL = EraserTraining(
