@@ -98,21 +98,17 @@ class Bookkeeper:
                 f"thread {thread_id!r} has no retraction {retraction_id!r} among its {len(records)}; "
                 "see KVRetractSession.history"
             )
-        gone = {r.retraction_id for r in records if r.status is Status.REVOKED} | {retraction_id}
-        mine = {retraction_id}
-        while (
-            derived := {
-                r.retraction_id
-                for r in records
-                if r.derived_from and mine & {*r.derived_from} and gone.issuperset(r.derived_from)
+        standing = {r.retraction_id: r for r in records if r.status is not Status.REVOKED}
+        mine = derived = {retraction_id} & standing.keys()
+        while derived:  # not through what was revoked before: what was derived from that went then, or was made again
+            derived = {
+                i
+                for i, r in standing.items()
+                if i not in mine and mine & {*r.derived_from} and not (standing.keys() - mine) & {*r.derived_from}
             }
-            - mine
-        ):
-            mine, gone = mine | derived, gone | derived
+            mine = mine | derived
         self.check_idle(thread_id, "undo")
-        return self.set_status(
-            thread_id, {r.retraction_id: Status.REVOKED for r in records if r.retraction_id in mine}, actor, "undone"
-        )
+        return self.set_status(thread_id, {i: Status.REVOKED for i in standing if i in mine}, actor, "undone")
 
     def check_idle(self, thread_id: str, what: str) -> None:
         """Raise ThreadBusyError where the thread is streaming an answer."""

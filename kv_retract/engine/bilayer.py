@@ -124,7 +124,7 @@ class BiLayerEngine(Engine):
     what follows it there is read again.
 
     Args:
-        engine: runs the model; with the default page size.
+        engine: runs the model; its pages may be of any size.
         settings: how long threads are kept.
         landmarks: what stands for blocks of tokens; by default what the settings name.
 

@@ -85,6 +85,18 @@ def test_what_is_cached_does_not_depend_on_what_was_asked_before(engine, model):
         close(grown, logits(fresh, key_of(ids[:length])))
 
 
+@pytest.mark.parametrize("length", [41, 90, 150])
+def test_pages_of_the_inner_engine_change_nothing(engine, model, length):
+    paged, ids = BiLayerEngine(HFEngine(model, max_tokens=600, page_size=4), SMALL), ids_of(length)
+    for n in (length - 7, length, length):
+        close(logits(paged, key_of(ids[:n])), logits(engine, key_of(ids[:n])))
+        paged.check_integrity()
+    assert paged.cached(key_of(ids)) == length - (length - 16 * SMALL.moved(length)) % 4
+    paged.purge(key_of(ids), 3)
+    paged.drop(key_of(ids), 0)
+    assert paged.tokens_in_use() == 0
+
+
 def test_an_answer_is_read_again_as_part_of_the_next_thread(engine):
     key = key_of(ids_of(90))
     answer = [t.id for t in engine.generate(key, SamplingParams(max_tokens=5))]

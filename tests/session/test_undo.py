@@ -124,6 +124,22 @@ def test_undo_of_what_was_derived_leaves_the_rest(loaded, request):
     assert [r.status for r in session.history("t")] == [Status.STEERED, Status.REVOKED]
 
 
+@pytest.mark.parametrize("undone_next", [2, 4])
+def test_what_was_taken_back_again_for_itself_stays_when_its_old_origins_are_undone(loaded, request, undone_next):
+    session = session_on(loaded, request.node.name)
+    messages = thread()
+    session.step("t", messages, sampling=SHORT)
+    session.retract("t", messages, proposals=[of_message(2), of_message(4, derived_from=(SpanRef(2),))])
+    ids = {r.span.message: r.retraction_id for r in session.history("t")}
+    session.undo("t", ids[4])
+    session.retract("t", messages, proposals=[of_message(4), of_message(6, derived_from=(SpanRef(4),))])
+    assert {r.span.message for r in session.undo("t", ids[4])} == {4, 6}
+    session.retract("t", messages, proposals=[of_message(6)])
+    undone = session.undo("t", ids[undone_next])
+    assert {r.span.message for r in undone} == {undone_next} - {4}
+    assert {r.span.message for r in session.history("t") if r.status is not Status.REVOKED} == {2, 6} - {undone_next}
+
+
 def test_an_unknown_retraction_and_a_streaming_thread_are_refused(loaded, request):
     session = session_on(loaded, request.node.name)
     messages = thread()
