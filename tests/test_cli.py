@@ -289,6 +289,28 @@ def test_ctrl_c_leaves_no_half_results(tmp_path):
     assert list(out.parent.iterdir()) == []
 
 
+def test_ctrl_c_while_an_object_is_deleted():
+    """Python ignores what is raised there, and the program would go on."""
+    deletes = """
+import signal, time
+from kv_retract import cli
+from kv_retract.cli import lists
+
+class Deleted:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+def describe(*_, **__):
+    Deleted()
+    time.sleep(60)
+
+lists.describe = describe
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", deletes, "erasers"], capture_output=True, text=True, timeout=50)
+    assert done.returncode == 130 and done.stderr.startswith("error: interrupted: ") and "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, typer.Abort])
 def test_interrupts_in_the_middle_of_the_work(kv_retract, tmp_path, traces, monkeypatch, error):
     def interrupt(self, *_):
