@@ -23,6 +23,8 @@ MANY_TRACES ?= 16
 DOCUMENTS ?= 20
 CASCADES ?= 30
 LENGTHS := --length 256 --length 1024 --length 2048 --length 4096
+# Threads of so many windows, and ways to hold them.
+LONG ?= --times 2 --times 8 --times 32 --n 2 --task facts --task relations --task updates --task preferences --retract --bench
 LATENCY ?= --context 1024 --context 4096 --context 8192 --repeats 10
 # Where it is installed (Debian: libtcmalloc-minimal4). glibc gives a prefill's memory back while the edit is timed.
 TCMALLOC ?= $(firstword $(wildcard /usr/lib/*/libtcmalloc_minimal.so.4))
@@ -97,6 +99,7 @@ results: $(STAMP) $(SGLANG_STAMP)  ## measure anew what the README's tables show
 	@$(BIN)/kv-retract eval policies $(foreach file,$(LABELLED),--labelled $(file)) --out runs/results/policies
 	@cp runs/results/policies/metrics.json evals/results/policies/
 	@$(call EVAL,cascade,--n $(CASCADES),cascade)
+	@$(call EVAL,acre,--split train $(LONG),acre)
 	@$(BIN)/kv-retract bench heal --out runs/results/heal.json && cp runs/results/heal.json evals/results/
 	@LD_PRELOAD=$(TCMALLOC) $(BIN)/kv-retract bench latency $(LATENCY) --out runs/results/latency.json
 	@$(BIN)/kv-retract bench shared --out runs/results/shared.json

@@ -39,7 +39,7 @@ TIMES = (2, 4, 8)
 ARMS = (
     Spec("full"), Spec("truncate"), Spec("sinks"), Spec("bm25"), Spec("l1_only"), Spec("pooled"),
     *(Spec("acre", {"ratio": ratio, "refill": 512}) for ratio in (8, 16, 32, 64)),
-    *(Spec("acre", {"ratio": 16, "refill": refill}) for refill in (256, 1024)),
+    *(Spec("acre", {"ratio": ratio, "refill": refill}) for ratio, refill in ((16, 256), (16, 1024), (8, 1024))),
 )  # fmt: skip
 RETRACTION = "retraction, refill_cost"
 """What the configuration calls the arm by which these are measured: a bi-layer cache of default sizes."""

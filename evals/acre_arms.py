@@ -152,6 +152,7 @@ class BiLayerArm(LongArm):
     overlap: int | None = None
     queries: int = _KEPT.queries
     rounds: int = _KEPT.rounds
+    refresh: int = _KEPT.refresh
 
     def open(self, place: Place) -> BiLayerReader:
         """See the base class."""
@@ -169,6 +170,7 @@ class BiLayerArm(LongArm):
         window = place.window
         return BiLayer(
             window=window, ratio=self.ratio, refill=self.refill, queries=self.queries, rounds=self.rounds,
+            refresh=self.refresh,
             overlap=min(OVERLAP, window // 8) if self.overlap is None else self.overlap,
             local=window + self.queries if self.local is None else self.local,
             landmarks=self.landmarks or place.landmarks,
@@ -200,10 +202,9 @@ class Acre(BiLayerArm):
 @LONG_ARMS.register("l1_only")
 @dataclass(frozen=True, kw_only=True)
 class LandmarksOnly(Acre):
-    """As `acre`, with nothing brought back: older windows are seen through their landmarks only."""
+    """As `acre`, with nothing brought back: older windows are seen through landmarks only, if these are attended to."""
 
     refill: int = 0
-    rounds: int = 1
 
 
 @LONG_ARMS.register("pooled")

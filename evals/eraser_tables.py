@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .report import number
+from .report import number, share
 
 LEARNED = "kveraser"
 
@@ -20,7 +20,7 @@ def erasers_table(data: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in _overall(data["rows"]):
-        shares = " | ".join(_share(row, name) for name in ("affected_accuracy", "leak", "unaffected_accuracy"))
+        shares = " | ".join(share(row, name) for name in ("affected_accuracy", "leak", "unaffected_accuracy"))
         costs = " | ".join(number(row[name]) for name in ("kl", "edit_ms_median", "tokens_recomputed"))
         lines.append(f"| {_name(row['arm'])} | {shares} | {costs} |")
     lines += [
@@ -61,7 +61,7 @@ def extraction_table(data: Mapping[str, Any]) -> str:
     """Return whether the retracted text can be got back, by arm."""
     lines = ["| eraser | n | likelier than a decoy | value given when asked for the text |", "|---|---|---|---|"]
     for row in data["extraction"]:
-        cells = " | ".join(_share(row, name) for name in ("likelier", "extracted"))
+        cells = " | ".join(share(row, name) for name in ("likelier", "extracted"))
         lines.append(f"| {_name(row['arm'])} | {row['n']} | {cells} |")
     return "\n".join(lines) + "\n"
 
@@ -149,11 +149,6 @@ def _name(arm: str) -> str:
         return f"`{arm}`"
     variant = re.search(r'variant="(\w+)"', arm)
     return f"`{LEARNED}`" + (f" {variant[1]}" if variant else "")
-
-
-def _share(row: Mapping[str, Any], name: str) -> str:
-    value, error = row[name], row[f"{name}_se"]
-    return number(None) if value is None else f"{value:.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
 def _points(row: Mapping[str, Any], name: str) -> str:

@@ -81,7 +81,8 @@ def loss_plot(
     """
 
     def draw(axes: Any) -> None:
-        for number, (name, label) in enumerate(losses.items()):
+        known = {name: label for name, label in losses.items() if any(name in e for e in entries)}
+        for number, (name, label) in enumerate(known.items()):
             steps = [e["step"] for e in entries if name in e]
             axes.plot(steps, [e[name] for e in entries if name in e], color=_COLORS[number], label=label)
         axes.set_yscale("log")
@@ -90,7 +91,7 @@ def loss_plot(
         right = axes.twinx()
         right.set_ylim(0, 1.02)
         right.set_ylabel(share)
-        for number, name in enumerate(shares, start=2):
+        for number, name in enumerate(shares, start=max(2, len(losses))):
             points = [(e["step"], sum(e[name].values()) / len(e[name])) for e in entries if e.get(name)]
             if points:
                 at, values = zip(*points, strict=True)

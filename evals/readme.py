@@ -15,6 +15,7 @@ from typing import Any
 from kv_retract.errors import KVRetractError
 from kv_retract.training.families import HELD_OUT
 
+from .acre_tables import acre_table, retraction_table
 from .eraser_tables import (
     erasers_table,
     extraction_table,
@@ -236,6 +237,8 @@ TABLES: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "repeated": ("repeated/metrics.json", repeated_table),
     "shared": ("shared.json", shared_table),
     "sglang": ("sglang.json", sglang_table),
+    "acre": ("acre/metrics.json", acre_table),
+    "acre-retraction": ("acre/metrics.json", retraction_table),
 }
 """Name to results file and writer."""
 

@@ -68,6 +68,12 @@ def number(value: Any) -> str:
     return str(value)
 
 
+def share(row: Mapping[str, Any], column: str) -> str:
+    """Write a share of a row with its standard error."""
+    value, error = row[column], row[f"{column}_se"]
+    return number(None) if value is None else f"{value:.3f}" + ("" if error is None else f" ± {error:.3f}")
+
+
 def _tables(result: ReplayResult) -> dict[str, list[Mapping[str, Any]]]:
     """Return the rows of each policy, over all policies first."""
     tables: dict[str, list[Mapping[str, Any]]] = {}

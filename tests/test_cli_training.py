@@ -26,6 +26,7 @@ TINY = {
 ACRE = {
     "pretrain_steps": 1, "finetune_steps": 1, "lengths": [[0.0, 256]], "attended": 256, "windows": [32, 64],
     "ratios": [8, 16], "budgets": [32], "overlap": 8, "landmark_positions": 32, "queries": 16, "most_probes": 2,
+    "attend": True,
 }  # fmt: skip
 
 

@@ -14,29 +14,71 @@ import numpy as np
 import torch
 
 from .base import IntArray
+from .rope import Rotary, rotate_keys
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Look:
+    """How the newest tokens look at landmarks in one layer."""
+
+    q: torch.Tensor
+    """Their queries, rotated. Shape: (num_heads, num_queries, head_dim)"""
+    landmark_k: torch.Tensor
+    """Rotated. Shape: (num_landmarks, num_kv_heads, head_dim)"""
+    other_k: torch.Tensor
+    """Of what else all of them see, rotated. Shape: (num_others, num_kv_heads, head_dim)"""
+    scale: float
+    """Of the model's attention."""
+    start: int
+    """Position of the first of them; the others follow it."""
+    landmarks_at: IntArray
+    """Positions of the landmarks. Shape: (num_landmarks,)"""
+    rotary: Rotary
+
+    def shares(self) -> torch.Tensor:
+        """Return the attention paid to landmarks. Shape: (num_heads, num_queries, num_landmarks), float32."""
+        return landmark_attention(self.q, self.landmark_k, self.other_k, self.scale)
+
+    def without_positions(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return queries and keys of landmarks as they were before their rotation; shapes as `q` and `landmark_k`."""
+        q_at = torch.arange(self.start, self.start + self.q.shape[1])
+        at = torch.from_numpy(np.ascontiguousarray(self.landmarks_at))
+        q = rotate_keys(self.q.transpose(0, 1), q_at, torch.zeros_like(q_at), self.rotary).transpose(0, 1)
+        return q, rotate_keys(self.landmark_k, at, torch.zeros_like(at), self.rotary)
+
+    def matches(self, maps: torch.Tensor | None = None) -> torch.Tensor:
+        """Return how much better each landmark matches a query than landmarks do on average, wherever they stand.
+
+        Args:
+            maps: of each head, applied to its queries. Shape: (num_heads, head_dim, head_dim)
+
+        Returns:
+            Shape: (num_heads, num_queries, num_landmarks), float32
+        """
+        q, k = self.without_positions()
+        sought = q.float() * self.scale
+        if maps is not None:
+            sought = torch.einsum("hqd,hde->hqe", sought, maps.float())
+        own = (k.float() - k.float().mean(0)).repeat_interleave(q.shape[0] // k.shape[1], dim=1)
+        return torch.einsum("hqe,nhe->hqn", sought, own)
 
 
 class Pooling(ABC):
-    """Strategy: how the attention of the newest tokens to a landmark, in all heads, becomes one score."""
+    """Strategy: how what the newest tokens look for in a landmark, in all heads, becomes one score."""
 
     together: bool
     """Whether all layers bring back the same, by the sum of their scores; else each layer what it looks at itself."""
 
     @abstractmethod
-    def scores(self, layer: int, attention: torch.Tensor) -> torch.Tensor:
-        """Return the scores of landmarks in one layer.
+    def scores(self, layer: int, look: Look) -> torch.Tensor:
+        """Return the scores of landmarks in one layer: the higher, the sooner it is brought back.
 
-        Args:
-            layer: its number.
-            attention: shares, as `landmark_attention` gives them. Shape: (num_heads, num_queries, num_landmarks)
-
-        Returns:
-            The higher, the sooner it is brought back. Shape: (num_landmarks,)
+        Shape: (num_landmarks,)
         """
 
-    def all_scores(self, attention: Iterable[torch.Tensor]) -> torch.Tensor:
+    def all_scores(self, looks: Iterable[Look]) -> torch.Tensor:
         """Return the scores of landmarks in every layer. Shape: (num_layers, num_landmarks)."""
-        scores = torch.stack([self.scores(layer, shares) for layer, shares in enumerate(attention)])
+        scores = torch.stack([self.scores(layer, look) for layer, look in enumerate(looks)])
         return scores.sum(0, keepdim=True).expand_as(scores) if self.together else scores
 
 
@@ -54,10 +96,27 @@ class PlainPooling(Pooling):
             if getattr(self, name) not in ("max", "mean"):
                 raise ValueError(f"expected {name} pooled by max or mean, got {getattr(self, name)!r}")
 
-    def scores(self, layer: int, attention: torch.Tensor) -> torch.Tensor:
-        """Pool one axis after the other."""
+    def scores(self, layer: int, look: Look) -> torch.Tensor:
+        """Pool the shares of attention over one axis after the other."""
+        attention = look.shares()
         pooled = attention.amax(1) if self.queries == "max" else attention.mean(1)
         return pooled.amax(0) if self.heads == "max" else pooled.mean(0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MatchPooling(Pooling):
+    """The head and the token that single a landmark out most, in standard deviations; all layers together.
+
+    Needs no training. The first layer, whose keys know single tokens only, is left out.
+    """
+
+    together: bool = True
+
+    def scores(self, layer: int, look: Look) -> torch.Tensor:
+        """Measure matches by how they vary over landmarks."""
+        found = look.matches()
+        spread = found.std(-1, correction=0, keepdim=True)
+        return (found / spread.clamp(min=1e-6)).amax((0, 1)) * (layer > 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

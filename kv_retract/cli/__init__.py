@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-from signal import SIGINT, pthread_kill
-from threading import Timer, main_thread
 from typing import Annotated, NoReturn
 
 import typer
@@ -13,6 +11,7 @@ from rich.console import Console
 from ..errors import KVRetractError
 from . import audit, lists, make, measure
 from . import evaluate as quality
+from .interrupts import sure_interrupts
 from .serve import serve
 
 _INTERRUPTED = 130
@@ -69,9 +68,9 @@ def options(version: Annotated[bool, typer.Option("--version", help="Print the v
 
 def main() -> None:
     """Run the command line; the entry point. Whatever the caller can get wrong is told in one line."""
-    sys.unraisablehook = _unraisable
     try:
-        code = app(standalone_mode=False)
+        with sure_interrupts():
+            code = app(standalone_mode=False)
     except KVRetractError as error:
         _fail(str(error), 2)
     except _UsageError as error:
@@ -85,14 +84,6 @@ def main() -> None:
     if code == _INTERRUPTED:
         _fail("interrupted: no results were written; a training run goes on from its newest checkpoint", _INTERRUPTED)
     sys.exit(code or 0)
-
-
-def _unraisable(what: sys.UnraisableHookArgs) -> None:
-    """Interrupt once more where Ctrl-C came while an object was deleted, where Python ignores all exceptions."""
-    if isinstance(what.exc_value, KeyboardInterrupt):
-        Timer(0.01, pthread_kill, (main_thread().ident, SIGINT)).start()
-    else:
-        sys.__unraisablehook__(what)
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -132,11 +132,8 @@ def train_acre(
         done = run(
             loaded, settings, out, texts=texts, start=start, seconds=minutes and minutes * 60, progress=tick
         )  # fmt: skip
-    # How far the search is shows in the share that is found: its divergence is not one per token.
-    _draw(
-        out, losses={"answer": "loss of answers", "text": "KL of the text"}, shares=("found", "right"),
-        share="questions of the validation",
-    )  # fmt: skip
+    losses = {"search": "KL of the search (per question)", "answer": "loss of answers", "text": "KL of the text"}
+    _draw(out, losses=losses, shares=("found", "right"), share="questions of the validation")
     _tell(out, "landmarks", done, settings.steps, as_json)
 
 

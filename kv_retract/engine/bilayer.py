@@ -72,8 +72,8 @@ class BiLayer:
     """Rotary positions that the landmarks of a thread share."""
     queries: int = 64
     """The newest tokens of a thread, which choose what is brought back."""
-    rounds: int = 2
-    """How often they choose, each time seeing what the last one brought back: what is found leads to more."""
+    rounds: int = 1
+    """How often they choose, each time seeing what the last one brought back."""
     refresh: int = 0
     """Choose again after so many decoded tokens. 0: once for an answer."""
     landmarks: str = ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from ..cache.base import IntArray
-from ..cache.refill import Pooling, landmark_attention
+from ..cache.refill import Look, Pooling
+from ..cache.rope import Rotary
 from ..errors import UnsupportedError
 from .window_store import Parts, WindowStore
 from .windows import States
@@ -41,6 +42,27 @@ class Queries(TorchFunctionMode):
             self.layers.append(query.reshape(-1, self._num_tokens, query.shape[-1]))
             self.scale = (kwargs or {}).get("scale") or query.shape[-1] ** -0.5
         return func(*args, **(kwargs or {}))
+
+    def part(self, index: IntArray) -> Queries:
+        """Return those of some of the tokens."""
+        some = Queries(len(index))
+        some.layers, some.scale = [q[:, torch.from_numpy(index).to(q.device)] for q in self.layers], self.scale
+        return some
+
+    def looks(
+        self, landmark_k: torch.Tensor, other_k: torch.Tensor, start: int, landmarks_at: IntArray, rotary: Rotary
+    ) -> Iterator[Look]:
+        """Yield how the tokens look at landmarks in each layer.
+
+        Args:
+            landmark_k: keys of landmarks, rotated. Shape: (num_layers, num_landmarks, num_kv_heads, head_dim)
+            other_k: keys of what else all of the tokens see, rotated. Shape: (num_layers, num_others, ...)
+            start: position of the first of the tokens.
+            landmarks_at: positions of the landmarks. Shape: (num_landmarks,)
+            rotary: of the model.
+        """
+        for q, marks, others in zip(self.layers, landmark_k, other_k, strict=True):
+            yield Look(q, marks, others, self.scale, start, landmarks_at, rotary)
 
 
 class Answering:
@@ -142,11 +164,12 @@ class Answering:
 
     def _scores(self, end: int) -> torch.Tensor:
         """Return what the newest tokens give each landmark. Shape: (num_layers, num_landmarks)."""
-        shares = (
-            landmark_attention(q, keys, self._working.k[layer, self._landmarks : end], self._queries.scale)
-            for layer, (q, keys) in enumerate(zip(self._queries.layers, self._parts.landmarks.k, strict=True))
-        )
-        return self._pooling.all_scores(shares)
+        windows, keys = self._windows, self._parts.landmarks.k
+        looks = self._queries.looks(
+            keys, self._working.k[:, self._landmarks : end], windows.start + end - self._before,
+            windows.layout.of_landmarks(keys.shape[1]), windows.rotary,
+        )  # fmt: skip
+        return self._pooling.all_scores(looks)
 
     def _read_newest(self) -> torch.Tensor:
         newest = self._newest

@@ -66,7 +66,7 @@ class WindowStore:
         self.manager = CacheManager(pool, RadixCache(page_size=self.window, eviction=eviction))
         self.start = layout.local + overlap
         """Position of the first token of a window, and of what comes after the last one."""
-        self._model, self._rotary, self._overlap = model, rotary, overlap
+        self.rotary, self._model, self._overlap = rotary, model, overlap
 
     def lease(self, key: ThreadKey, num_windows: int) -> Lease:
         """Return the first windows of a thread, locked until the manager's `release`; encode those that are missing.
@@ -91,19 +91,23 @@ class WindowStore:
         self.manager.publish(lease)
         return lease
 
-    def parts(self, slots: IntArray) -> Parts:
+    def parts(self, slots: IntArray, *, choosing: bool = True) -> Parts:
         """Return what some windows offer; copies.
 
         Args:
             slots: of whole windows, from the first of the thread on. Shape: (num_windows * window,)
+            choosing: whether something of it may be brought back; else there are no candidates, and landmarks only
+                where they are attended to.
         """
         where = np.flatnonzero(slots != NO_SLOT)
         first = where[: self.layout.sinks]
         last = where[max(len(first), len(where) - self._overlap) :]
         between = where[len(first) : len(where) - len(last)]
-        rows = self.pool.landmark_rows(slots)
-        number = np.cumsum(self.pool.shape.blocks(slots)) - 1  # of the landmark of each block
-        landmarks = States(*self.pool.read_landmarks(rows)).placed(self.layout.of_landmarks(len(rows)), self._rotary)
+        of = slots if choosing or self.landmarks.attended else slots[:0]
+        rows = self.pool.landmark_rows(of)
+        between = between if choosing else between[:0]
+        number = np.cumsum(self.pool.shape.blocks(of)) - 1  # of the landmark of each block
+        landmarks = States(*self.pool.read_landmarks(rows)).placed(self.layout.of_landmarks(len(rows)), self.rotary)
         return Parts(
             landmarks=landmarks,
             sinks=self._tokens(slots[first], np.arange(len(first))),
@@ -131,7 +135,7 @@ class WindowStore:
         chosen = choose(scores, parts.sizes, budget)
         states = [self.pool.read_layer(layer, parts.candidates[index]) for layer, index in enumerate(chosen)]
         k, v = (torch.stack(part).to(self.pool.landmark_k.device) for part in zip(*states, strict=True))
-        return States(k, v).placed(self.layout.of_refilled(chosen.shape[1]), self._rotary)
+        return States(k, v).placed(self.layout.of_refilled(chosen.shape[1]), self.rotary)
 
     def erase(self, key: ThreadKey, spans: Sequence[Interval], new_key: ThreadKey) -> tuple[int, dict[str, int]]:
         """Withdraw spans from the cached windows they are in: from L2, and from the landmarks, which are encoded anew.
@@ -189,7 +193,7 @@ class WindowStore:
         sizes = np.count_nonzero(slots.reshape(-1, shape.ratio) != NO_SLOT, axis=1)
         device = self.pool.landmark_k.device
         encoded = encode_window(
-            self._model, self._rotary, self.landmarks, self.context(self.parts(before)),
+            self._model, self.rotary, self.landmarks, self.context(self.parts(before, choosing=False)),
             torch.from_numpy(np.ascontiguousarray(ids)).to(device), torch.from_numpy(sizes[sizes > 0]), self.start,
         )  # fmt: skip
         host = self.pool.k.device
@@ -198,4 +202,4 @@ class WindowStore:
 
     def _tokens(self, slots: IntArray, positions: IntArray) -> States:
         k, v = (x.to(self.pool.landmark_k.device) for x in self.pool.read(slots))
-        return States(k, v).placed(positions, self._rotary)
+        return States(k, v).placed(positions, self.rotary)

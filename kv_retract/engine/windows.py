@@ -95,23 +95,44 @@ def encode_window(
     seen = torch.ones(len(last), before + len(last), dtype=torch.bool, device=device).tril(before)
     seen[:, before : before + num_tokens] = torch.arange(num_tokens, device=device) <= last[:, None]
     positions, gate = start + last, (torch.arange(len(last), device=device) >= num_tokens)[None]
-    cache = DynamicCache()
+    with landmarks.attached(model, gate):
+        new, logits = run_behind(
+            model, past, torch.cat([ids, ids.new_zeros(extra)]), positions, seen, num_logits=num_logits + extra
+        )
+    k, v = rotate_keys(new.k, positions, torch.zeros_like(positions), rotary), new.v
+    return EncodedWindow(
+        States(k[:, :num_tokens], v[:, :num_tokens]),
+        States(*landmarks.states(k, v, sizes)),
+        logits[:num_logits],
+    )
+
+
+def run_behind(
+    model: Any, past: States, ids: torch.Tensor, positions: torch.Tensor, seen: torch.Tensor, *, num_logits: int = 1
+) -> tuple[States, torch.Tensor]:
+    """Run tokens behind a past, each seeing what it is said to see.
+
+    Args:
+        model: frozen.
+        past: keys rotated.
+        ids: Shape: (num_tokens,)
+        positions: Shape: (num_tokens,)
+        seen: Shape: (num_tokens, len(past) + num_tokens), bool
+        num_logits: return logits of so many last tokens, at least 1.
+
+    Returns:
+        States of the tokens, keys rotated; and logits, shape: (num_logits, vocab_size), float32.
+    """
+    before, cache = len(past), DynamicCache()
     for layer in range(past.k.shape[0] if before else 0):
         cache.update(past.k[layer].transpose(0, 1)[None], past.v[layer].transpose(0, 1)[None], layer)
-    with landmarks.attached(model, gate):
-        output = model(
-            input_ids=torch.cat([ids, ids.new_zeros(extra)])[None], position_ids=positions[None],
-            attention_mask=additive_mask(seen, model.dtype)[None, None],
-            **{cache_argument_of(model): cache, "use_cache": True}, **logits_argument(model, num_logits + extra),
-        )  # fmt: skip
+    output = model(
+        input_ids=ids[None], position_ids=positions[None],
+        attention_mask=additive_mask(seen, model.dtype)[None, None],
+        **{cache_argument_of(model): cache, "use_cache": True}, **logits_argument(model, num_logits),
+    )  # fmt: skip
     layers: Any = cache.layers
     k, v = (
         torch.stack([getattr(layer, x)[0, :, before:].transpose(0, 1) for layer in layers]) for x in ("keys", "values")
     )
-    k = rotate_keys(k, positions, torch.zeros_like(positions), rotary)
-    logits = output.logits[0, -num_logits - extra :]
-    return EncodedWindow(
-        States(k[:, :num_tokens], v[:, :num_tokens]),
-        States(*landmarks.states(k, v, sizes)),
-        logits[:num_logits].float(),
-    )
+    return States(k, v), output.logits[0, -num_logits:].float()

@@ -19,7 +19,7 @@ class Landmarks(ABC):
     the landmarks of their own window, so within a window the model is the plain one.
     """
 
-    attended: ClassVar[bool]
+    attended: bool
     """Whether later windows, and what is decoded, attend to landmarks; else these only say what to refill."""
     are_tokens: ClassVar[bool]
     """Whether they run through the model as tokens of their own."""

@@ -23,6 +23,8 @@ class LandmarkConfig:
     """Of the base model (`engine.working.fingerprint_of`); its states mean nothing to another one."""
     base: str = ""
     """Name of the base model, for messages."""
+    attended: bool = True
+    """Whether what comes later reads them (ACRE), or they only say what to bring back."""
 
     def check_base(self, fingerprint: str) -> None:
         """Raise LandmarkMismatchError where the landmarks belong to another model."""

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import linear
 
-from ..cache.refill import Pooling
+from ..cache.refill import Look, Pooling
 from ..errors import LandmarkMismatchError, UnsupportedModelError
 from ..hooks import in_this_thread
 from .base import Landmarks
@@ -25,38 +25,50 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class WeightedPooling(Pooling):
-    """What the newest token that looks most gives, summed over heads and layers with weights; all layers together."""
+class LearntPooling(Pooling):
+    """How well landmarks match what is looked for, wherever they stand: a late interaction (arXiv 2004.12832).
 
+    Queries and keys are taken without their rotation, queries through a map of each head, keys less what all landmarks
+    have in common. Of the newest tokens the best match counts; heads and layers are summed with weights. Shares of
+    attention would not do: they say that some head looks there, not that all do, and positions blur them.
+    """
+
+    maps: torch.Tensor
+    """Of each head, applied to its queries. Shape: (num_layers, num_heads, head_dim, head_dim)"""
     weights: torch.Tensor
-    """Of each head, at least 0. Shape: (num_layers, num_heads)"""
+    """Of each head. Shape: (num_layers, num_heads)"""
     together: bool = True
 
-    def scores(self, layer: int, attention: torch.Tensor) -> torch.Tensor:
-        """Weigh the heads of a layer."""
-        return (self.weights[layer].to(attention)[:, None] * attention.amax(1)).sum(0)
+    def scores(self, layer: int, look: Look) -> torch.Tensor:
+        """Sum the best matches of the heads of a layer."""
+        return self.weights[layer].float() @ look.matches(self.maps[layer]).amax(1)
 
 
 class LandmarkNet(nn.Module, Landmarks):
     """One embedding for all landmarks, and their own query, key and value projections in every layer (ACRE, 3.2).
 
-    Beyond the paper it has a weight for each attention head, which says how much that head's attention to landmarks
-    counts when tokens are chosen. A fresh net has copies of the model's projections, the mean of its embeddings, and
-    equal weights.
+    Beyond the paper it has what chooses tokens: a map for the queries of each attention head, and its weight (see
+    `LearntPooling`). A fresh net has copies of the model's projections, the mean of its embeddings, equal weights, and
+    maps that change nothing.
 
     Args:
         projections: name of each projection (`/` for `.`) to its sizes, `(out_features, in_features, has_bias)`.
         width: of the embeddings.
-        heads: `(num_layers, num_heads)`.
+        heads: `(num_layers, num_heads, head_dim)`.
+
+    Attributes:
+        attended: as in `LandmarkConfig`; may be set until they are used.
     """
 
-    attended: ClassVar[bool] = True
     are_tokens: ClassVar[bool] = True
 
-    def __init__(self, projections: dict[str, tuple[int, int, bool]], width: int, heads: tuple[int, int]) -> None:
+    def __init__(self, projections: dict[str, tuple[int, int, bool]], width: int, heads: tuple[int, int, int]) -> None:
         super().__init__()
+        self.attended = True
         self.embedding = nn.Parameter(torch.zeros(width))
-        self.heads = nn.Parameter(torch.zeros(heads))
+        num_layers, num_heads, head_dim = heads
+        self.heads = nn.Parameter(torch.full((num_layers, num_heads), 1 / num_heads))
+        self.maps = nn.Parameter(torch.eye(head_dim).repeat(num_layers, num_heads, 1, 1))
         self.weight, self.bias = nn.ParameterDict(), nn.ParameterDict()
         for name, (outputs, inputs, has_bias) in projections.items():
             self.weight[name] = nn.Parameter(torch.zeros(outputs, inputs))
@@ -73,7 +85,9 @@ class LandmarkNet(nn.Module, Landmarks):
         layers = projections_of(model)
         embeddings = model.get_input_embeddings().weight
         shapes = {name: (m.out_features, m.in_features, m.bias is not None) for name, m in layers.items()}
-        net = cls(shapes, embeddings.shape[1], (model.config.num_hidden_layers, model.config.num_attention_heads))
+        num_layers, heads = model.config.num_hidden_layers, model.config.num_attention_heads
+        head_dim = next(m.out_features for name, m in layers.items() if name.endswith("q_proj")) // heads
+        net = cls(shapes, embeddings.shape[1], (num_layers, heads, head_dim))
         with torch.no_grad():
             net.embedding.copy_(embeddings.float().mean(0))
             for name, layer in layers.items():
@@ -90,32 +104,34 @@ class LandmarkNet(nn.Module, Landmarks):
             LandmarkMismatchError: there is nothing in the folder, it is damaged, or it belongs to another model.
             UnsupportedModelError: as `for_model`.
         """
-        read_landmark_config(folder).check_base(fingerprint)
+        config = read_landmark_config(folder)
+        config.check_base(fingerprint)
         net = cls.for_model(model)
+        net.attended = config.attended
         try:
             net.load_state_dict({name: tensor.float() for name, tensor in load_file(folder / WEIGHTS).items()})
         except (OSError, RuntimeError, SafetensorError) as error:
             raise LandmarkMismatchError(f"cannot read the weights in {str(folder / WEIGHTS)!r}: {error}") from error
         return net.to(model.device).requires_grad_(False)
 
-    def save(self, folder: Path, config: LandmarkConfig) -> None:
-        """Write `config.json` and `landmarks.safetensors`."""
-        config.save(folder)
+    def save(self, folder: Path, *, fingerprint: str, base: str) -> None:
+        """Write `config.json` and `landmarks.safetensors`; arguments as fields of `LandmarkConfig`."""
+        LandmarkConfig(fingerprint=fingerprint, base=base, attended=self.attended).save(folder)
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         save_file(weights, folder / WEIGHTS)
 
     @property
     def identity(self) -> str:
-        """A digest of the weights."""
-        digest = sha256()
+        """A digest of the weights, and of how they are used."""
+        digest = sha256(str(self.attended).encode())
         for name, tensor in self.state_dict().items():
             digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
         return f"trained {digest.hexdigest()[:16]}"
 
     @property
-    def pooling(self) -> WeightedPooling:
-        """By its own weights."""
-        return WeightedPooling(weights=self.heads.flatten().softmax(0).reshape(self.heads.shape))
+    def pooling(self) -> LearntPooling:
+        """By its own maps and weights."""
+        return LearntPooling(maps=self.maps, weights=self.heads)
 
     @contextmanager
     def attached(self, model: Any, gate: torch.Tensor) -> Iterator[None]:

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from ..cache.refill import PlainPooling, Pooling
+from ..cache.refill import MatchPooling, Pooling
 from .base import Landmarks
 
 
@@ -17,7 +17,7 @@ class PooledLandmarks(Landmarks):
     representatives of InfLLM (arXiv 2402.04617) and Quest (arXiv 2406.10774), in their simplest form.
     """
 
-    attended: ClassVar[bool] = False
+    attended = False
     are_tokens: ClassVar[bool] = False
 
     @property
@@ -27,8 +27,8 @@ class PooledLandmarks(Landmarks):
 
     @property
     def pooling(self) -> Pooling:
-        """The head and the token that look most, in each layer by itself."""
-        return PlainPooling()
+        """By what matches, wherever it stands: attention to means of keys finds next to nothing."""
+        return MatchPooling()
 
     def states(self, k: torch.Tensor, v: torch.Tensor, sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return means over blocks."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy, kl_div
 
 from ..cache.refill import Layout
@@ -21,36 +22,45 @@ from ..engine.base import ModelSpec
 from ..engine.models import LoadedModel
 from ..engine.support import inspect_model
 from ..engine.working import fingerprint_of, logits_argument
-from ..landmarks import LandmarkConfig, LandmarkNet
+from ..landmarks import LandmarkNet
 from .acre_config import AcreTraining
 from .config import ConfigError
-from .corpus import training_families
 from .encoding import RowEncoder
 from .frozen import begun_with, train_beside
-from .long_rows import LongRow, draw_row, long_rows
+from .long_rows import FAMILIES, LongRow, draw_row, long_rows
 from .long_threads import LongStudent, LongThread, brought_back
 from .rendered import encoder_for
 
-VALIDATION_LENGTH = 4096
-"""Tokens of the threads of a validation, where training comes to such."""
-_FLOOR = 1e-6
-"""Added to scores before their logarithm is taken."""
+VALIDATION_LENGTH, VALIDATION_PROBES = 4096, 6
+"""Tokens of the threads of a validation, where training comes to such, and questions to each."""
 
 
 def losses(student: LongStudent, row: LongRow, config: AcreTraining) -> dict[str, torch.Tensor]:
     """Return what a thread teaches: `text`, and where it has questions `answer` and, if there is something, `search`.
 
-    `text`: see `text_loss`; of the windows within the first `config.attended` tokens, where these are two or more.
-    `answer`: cross-entropy of the answer, with what was found brought back, mean over tokens and questions, nats.
-    `search`: see `search_loss`; mean over rounds and questions.
+    `text`: see `text_loss`; of the windows within the first `config.attended` tokens, where these are two or more and
+    landmarks are attended to.
+    `answer`: cross-entropy of the answer, with what was found brought back, mean over tokens and the first
+    `config.most_answers` questions, nats; where landmarks are attended to, or there are later rounds.
+    `search`: see `search_loss`; mean over all questions, and over the later rounds of those that are answered.
     """
-    thread = student.read(row.ids, row.settings, num_predicted=config.attended if config.text_weight else 0)
+    reads = config.attend and config.text_weight > 0
+    thread = student.read(row.ids, row.settings, num_predicted=config.attended if reads else 0)
     found = {"text": [text_loss(student.model, thread, row)] if thread.logits else [], "answer": [], "search": []}
-    for question in row.questions:
+
+    def search(scores: torch.Tensor, target: NDArray[np.float32]) -> torch.Tensor:
+        return search_loss(scores, torch.from_numpy(target).to(scores.device))
+
+    sought = [(question, target) for question in row.questions if (target := row.targets(question)) is not None]
+    if sought:
+        looks = student.look(thread, [question.asked for question, _ in sought])
+        found["search"] += [search(scores, target) for scores, (_, target) in zip(looks, sought, strict=True)]
+    teaches = config.attend or config.rounds > 1  # else an answer tells landmarks nothing
+    for question in row.questions[: config.most_answers if teaches else 0]:
         rounds, logits = student.ask(thread, question.asked, question.told)
         found["answer"].append(cross_entropy(logits, torch.from_numpy(question.told).to(logits.device)))
         if (target := row.targets(question)) is not None:
-            found["search"] += [search_loss(scores, torch.from_numpy(target).to(scores.device)) for scores in rounds]
+            found["search"] += [search(scores, target) for scores in rounds[1:]]
     return {name: torch.stack(values).mean() for name, values in found.items() if values}
 
 
@@ -68,16 +78,13 @@ def text_loss(model: Any, thread: LongThread, row: LongRow) -> torch.Tensor:
 
 
 def search_loss(scores: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Return KL(target || shares of the scores), nats: 0 where only the evidence is looked at.
-
-    What landmarks get in all does not matter, only which of them get how much of it: so they are chosen.
+    """Return KL(target || softmax of the scores), nats: 0 where only what is sought is found.
 
     Args:
-        scores: at least 0. Shape: (num_landmarks,)
+        scores: Shape: (num_landmarks,)
         target: shares that sum to 1. Shape: (num_landmarks,)
     """
-    shares = scores + _FLOOR
-    return kl_div((shares / shares.sum()).log(), target, reduction="sum")
+    return kl_div(scores.log_softmax(-1), target, reduction="sum")
 
 
 @torch.no_grad()
@@ -96,7 +103,8 @@ def measure(student: LongStudent, rows: Sequence[LongRow]) -> dict[str, float]:
                 continue
             rounds, logits = student.ask(thread, question.asked, question.told)
             wanted = np.concatenate([np.arange(start, end) for start, end in spans])
-            seen = np.isin(wanted, brought_back(thread, rounds[-1])) | ~np.isin(wanted, thread.candidates)
+            back = brought_back(thread, rounds[-1])
+            seen = np.isin(wanted, back) | ~np.isin(wanted, thread.candidates)
             right = (logits.argmax(-1).cpu().numpy() == question.told).all()
             for name, value in (("found", seen.mean()), ("right", right)):
                 counts.setdefault(name, []).append(float(value))
@@ -144,11 +152,12 @@ def train_acre(
     spec, rotary = inspect_model(model, name=loaded.name)
     _check_positions(config, spec)
     net = LandmarkNet.for_model(model) if start is None else LandmarkNet.load(start, model, fingerprint_of(model))
+    net.attended = config.attend
     net.to(model.device).requires_grad_(True)
     config = replace(config, **begun_with(config, loaded, texts, "" if start is None else net.identity))
     encoder = encoder_for(loaded.tokenizer)
     ids = [encoder.ids(text) for text in texts]
-    student, owner = LongStudent(model, rotary, net), LandmarkConfig(fingerprint=config.base, base=loaded.name)
+    student = LongStudent(model, rotary, net)
     weights = {"text": config.text_weight, "search": config.search_weight, "answer": config.answer_weight}
 
     def step_of(row: LongRow) -> tuple[torch.Tensor, dict[str, float]]:
@@ -165,7 +174,7 @@ def train_acre(
         "landmarks",
         batches=lambda step: long_rows(config, encoder, ids, start=step),
         step_of=step_of,
-        save=lambda folder: net.save(folder, owner),
+        save=lambda folder: net.save(folder, fingerprint=config.base, base=loaded.name),
         validate=(lambda: validation_of(student, config, encoder, n=validation)) if validation else None,
         loss_of=_loss_of,
         validate_every=validate_every,
@@ -179,8 +188,9 @@ def validation_of(
 ) -> dict[str, dict[str, float]]:
     """Measure landmarks on `n` threads of each family, the same each time; name of `measure` to family to value."""
     length = min(VALIDATION_LENGTH, max(length for _, length in config.lengths))
+    config = replace(config, most_probes=min(VALIDATION_PROBES, config.most_probes))
     measured: dict[str, dict[str, float]] = {"found": {}, "right": {}}
-    for family in training_families():
+    for family in FAMILIES:
         rng = random.Random(f"validation/{family}")
         rows = [draw_row(config, encoder, length, rng, families=(family,)) for _ in range(n)]
         for name, value in measure(student, rows).items():

@@ -16,14 +16,18 @@ class AcreTraining:
     """Training of landmarks (ACRE, arXiv 2412.12486, section 3.2); JSON-able."""
 
     seed: int = 0
-    pretrain_steps: int = 100
-    """Optimizer steps of stage 1: go on with a text through the landmarks of earlier windows as with their tokens."""
-    finetune_steps: int = 700
+    pretrain_steps: int = 0
+    """Optimizer steps of stage 1: go on with a text through the landmarks of earlier windows as with their tokens. Only
+    for landmarks that are attended to."""
+    finetune_steps: int = 1600
     """Of stage 2: find what a question is about, and answer it with that brought back."""
     accumulate: int = 1
     """Threads of an optimizer step."""
-    lengths: tuple[tuple[float, int], ...] = ((0.0, 1024), (0.15, 2048), (0.4, 4096), (0.8, 8192))
+    lengths: tuple[tuple[float, int], ...] = ((0.0, 2048), (0.4, 4096), (0.85, 8192))
     """From this share of the steps on, threads are up to so many tokens long, and at least half of that."""
+    attend: bool = False
+    """Whether what comes later reads landmarks, as in the paper; else they only say what to bring back. On the bundled
+    model that reads thousands of them worse than it reads none (evals/LOG.md)."""
     attended: int = 4096
     """So many first tokens of a thread are compared with full attention: as far as the model itself holds."""
     windows: tuple[int, ...] = (512, 1024)
@@ -36,24 +40,26 @@ class AcreTraining:
     sinks: int = 4
     landmark_positions: int = 512
     queries: int = 64
-    rounds: int = 2
+    rounds: int = 1
     """As in `engine.bilayer.BiLayer`."""
-    most_facts: int = 24
+    most_facts: int = 48
     """What a thread is about, at most."""
-    most_probes: int = 6
+    most_probes: int = 48
     """Questions to a thread."""
-    learning_rate: float = 2e-3
+    most_answers: int = 2
+    """Those that are answered, at most: the others are only searched for, all in one pass."""
+    learning_rate: float = 1e-3
     restarts: tuple[tuple[float, float], ...] = ()
     """From such a share of the steps on, warm-up and cosine begin again, with this learning rate at the highest."""
-    warmup: int = 30
+    warmup: int = 25
     text_weight: float = 1.0
     """Of the divergence from full attention on the thread's own tokens."""
     search_weight: float = 1.0
     """Of the divergence of scores from where the evidence stands."""
     answer_weight: float = 1.0
     """Of the cross-entropy of the answer."""
-    real_share: float = 0.3
-    """Share of the threads that are pieces of real text, where there is some; they have no questions."""
+    real_share: float = 0.0
+    """Share of the threads that are pieces of real text, where there is some; they have no questions. Likewise."""
     text_digest: str = ""
     """Of the real text (`texts.digest_of`); filled in when a run begins, and checked when it goes on."""
     base: str = ""
@@ -65,7 +71,10 @@ class AcreTraining:
         """Refuse what has no meaning."""
         check_lengths(self.lengths)
         check_restarts(self.restarts)
-        sizes = ("steps", "accumulate", "landmark_positions", "queries", "rounds", "most_facts", "most_probes")
+        sizes = (
+            "steps", "accumulate", "landmark_positions", "queries", "rounds", "most_facts", "most_probes",
+            "most_answers",
+        )  # fmt: skip
         if small := [name for name in sizes if getattr(self, name) < 1]:
             raise ConfigError(f"expected {', '.join(small)} of at least 1")
         amounts = (
@@ -87,6 +96,11 @@ class AcreTraining:
             raise ConfigError(
                 f"expected lengths of at least {2 * self.shortest}, since half of one must hold two windows at every "
                 f"ratio and the queries, got {shortest}; give longer ones, or smaller ratios, overlap or queries"
+            )
+        if not self.attend and (self.pretrain_steps or self.real_share):
+            raise ConfigError(
+                "expected no pretrain_steps and no real_share for landmarks that are not attended to: text tells them "
+                "nothing; set attend, or leave the two at 0"
             )
         if not 0 <= self.real_share <= 1:
             raise ConfigError(f"expected a real_share from 0 to 1, got {self.real_share}")

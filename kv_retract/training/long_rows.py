@@ -17,6 +17,9 @@ from .corpus import generate, training_families
 from .encoding import IntArray, RowEncoder
 from .texts import draw_text, piece_of
 
+FAMILIES = tuple(family for family in training_families() if family != "injections")
+"""What threads are drawn from. No question names an injection, and nothing should learn to bring one back."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Asked:
@@ -94,7 +97,7 @@ def draw_row(
     """Draw a thread of the corpus of about a length, and, where `asks`, questions to it."""
     while True:
         sample = generate(
-            rng.choice(families or training_families()), seed=rng.randrange(10**9), length=length,
+            rng.choice(families or FAMILIES), seed=rng.randrange(10**9), length=length,
             tokens=encoder.length, size=rng.randint(3, max(4, min(config.most_facts, length // 100))),
             mentions=rng.choice((0.5, 0.8, 1.0)),
         )  # fmt: skip

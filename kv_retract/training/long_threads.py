@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..cache.refill import choose, landmark_attention
+from ..cache.refill import choose
 from ..cache.rope import Rotary
 from ..engine.bilayer import BiLayer
 from ..engine.refilling import Queries
-from ..engine.windows import EncodedWindow, States, encode_window, joined
+from ..engine.windows import EncodedWindow, States, encode_window, joined, run_behind
 from ..errors import UnsupportedModelError
 from ..landmarks import LandmarkNet, PooledLandmarks
 from .encoding import IntArray
@@ -31,9 +31,11 @@ class LongThread:
 
     settings: BiLayer
     """How it is cut and laid out."""
-    num_landmarks: int
+    landmarks: States
+    """L1 of its windows, keys without rotation."""
     context: States
-    """What is read before local tokens, keys rotated: landmarks, then the first tokens and the last window's end."""
+    """What is read before local tokens, keys rotated: landmarks where they are attended to, then the first tokens and
+    the last window's end."""
     tokens: States
     """L2 of all windows, keys without rotation."""
     local: IntArray
@@ -72,6 +74,7 @@ class LongStudent:
         """
         size, num_windows = settings.window, settings.moved(len(ids))
         windows: list[EncodedWindow] = []
+        landmarks: list[States] = []
         context, logits = States(*torch.empty(2, 0, 0)), []
         sizes = torch.full((size // settings.ratio,), settings.ratio)
         for number in range(num_windows):
@@ -84,11 +87,47 @@ class LongStudent:
                 )
             )  # fmt: skip
             logits += [windows[-1].logits] if kept else []
-            context = self._context(windows, settings)
+            landmarks.append(windows[-1].landmarks)
+            context = self._context(windows, settings, landmarks if self.net.attended else [])
         local = ids[num_windows * size :]
         states, _, _ = self._run(context, local, start_of(settings))
         tokens = joined([window.tokens for window in windows])
-        return LongThread(settings, num_windows * len(sizes), context, tokens, local, states, tuple(logits))
+        return LongThread(settings, joined(landmarks), context, tokens, local, states, tuple(logits))
+
+    def look(self, thread: LongThread, questions: Sequence[IntArray]) -> list[torch.Tensor]:
+        """Return what each question gives the landmarks before anything is brought back, as `ask` does, in one pass.
+
+        Args:
+            thread: it stays as it is; questions do not see each other.
+            questions: Shape of each: (num_asked,)
+
+        Returns:
+            Shape of each: (num_landmarks,), float32
+
+        Raises:
+            UnsupportedModelError: the model's attention cannot be watched.
+        """
+        most = thread.settings.queries
+        known = max(0, len(thread.local) - most)
+        tail, start = thread.local[known:], start_of(thread.settings) + known
+        past = joined([thread.context, thread.states.part(slice(known))])
+        ends = len(tail) + np.cumsum([len(asked) for asked in questions])
+        begins = ends - [len(asked) for asked in questions]
+        owner = np.concatenate([np.full(len(tail), -1), *(np.full(len(q), n) for n, q in enumerate(questions))])
+        at = start + np.concatenate([np.arange(len(tail)), *(len(tail) + np.arange(len(q)) for q in questions)])
+        own = np.tril((owner[None] == owner[:, None]) | (owner[None] < 0))
+        seen = np.concatenate([np.ones((len(own), len(past)), np.bool_), own], axis=1)
+        ids, positions, mask = (
+            torch.from_numpy(x).to(self.model.device) for x in (np.concatenate([tail, *questions]), at, seen)
+        )
+        with Queries(len(ids)) as queries:
+            run_behind(self.model, past, ids, positions, mask)
+        self._check(queries, past)
+        scores = []
+        for begin, end in zip(begins, ends, strict=True):
+            newest = np.r_[max(0, len(tail) - max(0, most - (end - begin))) : len(tail), begin:end]
+            scores.append(self._scores(thread, queries.part(newest), past.k, int(at[newest[0]])))
+        return scores
 
     def ask(self, thread: LongThread, asked: IntArray, told: IntArray) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Let a question choose what is brought back, `settings.rounds` times, and read its answer.
@@ -114,33 +153,37 @@ class LongStudent:
         past, scores = ahead, []
         for _ in range(settings.rounds):
             _, _, queries = self._run(past, newest, start)
-            scores.append(self._scores(queries, past.k, thread.num_landmarks))
+            self._check(queries, past)
+            scores.append(self._scores(thread, queries, past.k, start))
             back = thread.tokens.part(torch.from_numpy(brought_back(thread, scores[-1])))
             past = joined([ahead, back.placed(settings.layout.of_refilled(len(back)), self._rotary)])
         _, logits, _ = self._run(past, np.concatenate([newest, told[:-1]]), start, num_logits=len(told))
         return scores, logits
 
-    def _context(self, windows: Sequence[EncodedWindow], settings: BiLayer) -> States:
-        landmarks, first, last = joined([w.landmarks for w in windows]), windows[0].tokens, windows[-1].tokens
-        sinks, overlap = settings.sinks, settings.overlap
-        parts = (
-            (landmarks, settings.layout.of_landmarks(len(landmarks))),
+    def _context(self, windows: Sequence[EncodedWindow], settings: BiLayer, landmarks: Sequence[States]) -> States:
+        layout, sinks, overlap = settings.layout, settings.sinks, settings.overlap
+        first, last = windows[0].tokens, windows[-1].tokens
+        parts = [
             (first.part(slice(sinks)), np.arange(sinks)),
             (last.part(slice(len(last) - overlap, None)), start_of(settings) - overlap + np.arange(overlap)),
-        )
+        ]
+        if landmarks:
+            marks = joined(landmarks)
+            parts.insert(0, (marks, layout.of_landmarks(len(marks))))
         return joined([states.placed(positions, self._rotary) for states, positions in parts])
 
-    def _scores(self, queries: Queries, past: torch.Tensor, num_landmarks: int) -> torch.Tensor:
-        if len(queries.layers) != len(past):
+    def _scores(self, thread: LongThread, queries: Queries, past: torch.Tensor, start: int) -> torch.Tensor:
+        at = thread.settings.layout.of_landmarks(len(thread.landmarks))
+        others = past[:, len(thread.landmarks) if self.net.attended else 0 :]
+        looks = queries.looks(thread.landmarks.placed(at, self._rotary).k, others, start, at, self._rotary)
+        return self.net.pooling.all_scores(looks)[0]
+
+    def _check(self, queries: Queries, past: States) -> None:
+        if len(queries.layers) != len(past.k):
             raise UnsupportedModelError(
-                f"queries were seen in {len(queries.layers)} of the model's {len(past)} layers: to train landmarks, "
+                f"queries were seen in {len(queries.layers)} of the model's {len(past.k)} layers: to train landmarks, "
                 "load the model with attn_implementation='sdpa' and do not compile it"
             )
-        shares = (
-            landmark_attention(q, k[:num_landmarks], k[num_landmarks:], queries.scale)
-            for q, k in zip(queries.layers, past, strict=True)
-        )
-        return self.net.pooling.all_scores(shares)[0]
 
     def _run(
         self, past: States, ids: IntArray, start: int, *, num_logits: int = 1

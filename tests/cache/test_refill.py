@@ -1,6 +1,7 @@
 """What is brought back from L2 and where it stands, against slow twins."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kv_retract.cache.refill import Layout, PlainPooling, choose, landmark_attention
+from kv_retract.cache.refill import Layout, Look, MatchPooling, PlainPooling, choose, landmark_attention
+from kv_retract.cache.rope import Rotary, rotate_keys
 
 # -- choosing -------------------------------------------------------------------------------------------------------
 
@@ -113,24 +115,65 @@ def test_shares_are_computed_in_float32():
 
 # -- pooling --------------------------------------------------------------------------------------------------------
 
+ROTARY = Rotary(10_000.0 ** -torch.arange(0, 1, 0.25))
+
+
+def look_of(seed, *, moved=0):
+    """Three tokens, two heads each of two KV heads, five landmarks; the same, but for where everything stands."""
+    q, marks, others = (torch.randn(n, heads, 8, generator=torch.Generator().manual_seed(seed + n))
+                        for n, heads in ((3, 4), (5, 2), (6, 2)))  # fmt: skip
+    zeros, start, at = torch.zeros(5, dtype=torch.long), 40 + moved, np.array([2, 3, 3, 4, 9]) + 7 * moved
+    q = rotate_keys(q, zeros[:3], start + torch.arange(3), ROTARY).transpose(0, 1)
+    return Look(q, rotate_keys(marks, zeros, torch.from_numpy(at), ROTARY), others, 0.35, start, at, ROTARY)
+
+
+def test_what_is_taken_without_positions_does_not_depend_on_them():
+    (q, k), (q_moved, k_moved) = (look_of(0, moved=moved).without_positions() for moved in (0, 25))
+    assert q.shape == (4, 3, 8) and k.shape == (5, 2, 8)
+    torch.testing.assert_close(q, q_moved, atol=1e-5, rtol=0)
+    torch.testing.assert_close(k, k_moved, atol=1e-5, rtol=0)
+    assert not torch.allclose(look_of(0).q, look_of(0, moved=25).q, atol=0.1)
+
+
+def test_what_all_landmarks_have_in_common_does_not_match():
+    look = look_of(0)
+    zeros = np.zeros(5, dtype=np.int64)
+    shifted = replace(look, landmark_k=look.without_positions()[1] + 3.0, landmarks_at=zeros)
+    torch.testing.assert_close(look.matches(), shifted.matches(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(look.matches().sum(-1), torch.zeros(4, 3), atol=1e-4, rtol=0)
+    turned = look.matches(-torch.eye(8).expand(4, 8, 8))
+    torch.testing.assert_close(turned, -look.matches())
+
+
+def test_a_landmark_that_is_singled_out_scores_in_standard_deviations():
+    look = look_of(1)
+    found, pooling = look.matches(), MatchPooling()
+    each = [(row - row.mean()) / row.std(correction=0) for head in found for row in head]
+    torch.testing.assert_close(pooling.scores(1, look), torch.stack(each).amax(0), atol=1e-4, rtol=0)
+    assert not pooling.scores(0, look).any(), "single tokens"
+    alone = replace(look, landmark_k=look.landmark_k[:1], landmarks_at=look.landmarks_at[:1])
+    assert pooling.scores(1, alone).tolist() == [0.0]
+
+
 POOLED = {"max": max, "mean": lambda values: sum(values) / len(values)}
 
 
 @pytest.mark.parametrize("queries", POOLED)
 @pytest.mark.parametrize("heads", POOLED)
 def test_queries_are_pooled_then_heads(heads, queries):
-    shares = torch.rand(4, 3, 5, generator=torch.Generator().manual_seed(0))
-    found = PlainPooling(heads=heads, queries=queries).scores(0, shares)
+    look = look_of(0)
+    shares = look.shares()
+    found = PlainPooling(heads=heads, queries=queries).scores(0, look)
     of_heads = [[POOLED[queries](shares[head, :, mark].tolist()) for mark in range(5)] for head in range(4)]
     wanted = [POOLED[heads]([of_head[mark] for of_head in of_heads]) for mark in range(5)]
     assert found.tolist() == pytest.approx(wanted, abs=1e-6)
 
 
 def test_layers_choose_together_by_the_sum_of_their_scores():
-    shares = list(torch.rand(3, 4, 2, 5, generator=torch.Generator().manual_seed(0)))
-    alone = PlainPooling().all_scores(shares)
+    looks = [look_of(layer) for layer in range(3)]
+    alone = PlainPooling().all_scores(looks)
     assert alone.shape == (3, 5) and not torch.equal(alone[0], alone[1])
-    together = PlainPooling(together=True).all_scores(iter(shares))
+    together = PlainPooling(together=True).all_scores(iter(looks))
     assert together.shape == (3, 5)
     for layer in together:
         torch.testing.assert_close(layer, alone[0] + alone[1] + alone[2])

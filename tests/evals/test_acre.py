@@ -47,7 +47,6 @@ from kv_retract.evals.asking import AskedThread
 from kv_retract.evals.console import print_acre
 from kv_retract.evals.jobs import LengthError
 from kv_retract.evals.specs import Spec, SpecError, parse_specs
-from kv_retract.landmarks.config import LandmarkConfig
 from kv_retract.landmarks.net import LandmarkNet
 from kv_retract.ledger.render import Renderer
 from kv_retract.training.corpus import CorpusError, generate
@@ -65,7 +64,7 @@ TAIL = 128
 def landmarks(tmp_path_factory):
     """Landmarks of the bundled model, as they begin to be trained."""
     model, folder = load_model("reference").model, tmp_path_factory.mktemp("landmarks") / "fresh"
-    LandmarkNet.for_model(model).save(folder, LandmarkConfig(fingerprint=fingerprint_of(model), base="reference"))
+    LandmarkNet.for_model(model).save(folder, fingerprint=fingerprint_of(model), base="reference")
     return folder
 
 

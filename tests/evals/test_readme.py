@@ -137,3 +137,61 @@ def test_pages_are_rewritten_in_place(results, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["readme", str(place / "README.md")])
     readme.main()
     assert (place / "README.md").read_text(encoding="utf-8") == with_tables(block("replay"), results)
+
+
+def long_row(arm, task, times, accuracy, **more):
+    return {
+        "arm": arm, "task": task, "times_window": times, "accuracy": accuracy, "accuracy_se": 0.05,
+        "peak_device_mb": 12.5, "ttft_ms_median": 31.4, "tokens_refilled": 512.0, **more,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def long_results(tmp_path):
+    arms, tasks, times = ("bm25", "acre:ratio=16"), ("facts", "updates"), (2, 8)
+    rows = [
+        long_row(arm, task, n, 0.5 + 0.1 * number + 0.01 * n)
+        for arm in arms for number, task in enumerate(("all", *tasks)) for n in times
+    ]  # fmt: skip
+    taken = {"affected_accuracy": 0.75, "leak": 0.0, "unaffected_accuracy": None, "edit_ms_median": 90.0}
+    taken |= {f"{name}_se": None if value is None else 0.1 for name, value in taken.items()}
+    config = {
+        "arms": arms, "tasks": tasks, "times": times, "window": 1024, "split": "train", "n": 4, "max_probes": 4,
+        "model": "reference", "dtype": "float32", "machine": {"processor": "a CPU", "threads": 2},
+        "retraction_columns": {"arm": "none: nothing is taken back"},
+    }  # fmt: skip
+    data = {
+        "rows": rows, "config": config, "refill_cost": {"tokens": 512, "ratio": 0.056},
+        "retraction": [
+            {"arm": "both", "task": task, "times_window": 8, "n": 16, "tokens_recomputed": 2048.0, **taken}
+            for task in ("all", "facts")
+        ],
+    }  # fmt: skip
+    (tmp_path / "acre").mkdir()
+    (tmp_path / "acre" / "metrics.json").write_text(json.dumps(data))
+    return tmp_path
+
+
+def test_figures_of_long_threads(long_results):
+    page = with_tables(block("acre"), long_results)
+    head, *cells = rows(page)
+    assert head[:5] == ["arm", "2 windows", "8 windows", "`facts`", "`updates`"]
+    assert cells[0] == [
+        "`bm25`",
+        "0.520 ± 0.050",
+        "0.580 ± 0.050",
+        "0.680 ± 0.050",
+        "0.780 ± 0.050",
+        "12.5",
+        "31.4",
+        "512",
+    ]
+    assert [row[0] for row in cells] == ["`bm25`", "`acre:ratio=16`"]
+    assert "takes 5.6% of the time of reading them again" in page
+
+
+def test_figures_of_retractions_in_long_threads(long_results):
+    page = with_tables(block("acre-retraction"), long_results)
+    _, *cells = rows(page)
+    assert cells == [["8", "`both`", "16", "0.750 ± 0.100", "0.000 ± 0.100", "–", "90", "2048"]]
+    assert page.endswith("None: nothing is taken back.\n<!-- end of acre-retraction -->")

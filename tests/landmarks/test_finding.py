@@ -10,7 +10,7 @@ from kv_retract.engine.hf import HFEngine
 from kv_retract.engine.models import load_model
 from kv_retract.engine.working import fingerprint_of
 from kv_retract.errors import LandmarkMismatchError
-from kv_retract.landmarks import SHIPPED, LandmarkConfig, LandmarkNet, PooledLandmarks, find_landmarks
+from kv_retract.landmarks import SHIPPED, LandmarkNet, PooledLandmarks, find_landmarks
 from kv_retract.landmarks.config import CONFIG, WEIGHTS
 from kv_retract.testing.models import tiny_model
 from kv_retract.training.acre_config import read_acre_training
@@ -28,7 +28,7 @@ def folder(model, tmp_path):
     net = LandmarkNet.for_model(model)
     with torch.no_grad():
         net.heads.add_(torch.randn_like(net.heads))
-    net.save(tmp_path / "landmarks", LandmarkConfig(fingerprint=fingerprint_of(model), base="tiny"))
+    net.save(tmp_path / "landmarks", fingerprint=fingerprint_of(model), base="tiny")
     return tmp_path / "landmarks"
 
 
@@ -71,7 +71,7 @@ def test_damaged_landmarks_are_refused(model, folder, damage):
     if damage == "cut":
         (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:100])
     elif damage == "other shape":
-        LandmarkNet.for_model(tiny_model("qwen3")).save(folder, LandmarkConfig(fingerprint=fingerprint_of(model)))
+        LandmarkNet.for_model(tiny_model("qwen3")).save(folder, fingerprint=fingerprint_of(model), base="")
     elif damage == "no weights":
         (folder / WEIGHTS).unlink()
     elif damage == "no model":

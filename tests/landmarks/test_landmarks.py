@@ -8,13 +8,14 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from kv_retract.cache.refill import Look
 from kv_retract.cache.rope import rotate_keys
 from kv_retract.engine.support import inspect_model
 from kv_retract.engine.windows import States, encode_window
 from kv_retract.engine.working import cache_argument_of
 from kv_retract.errors import LandmarkMismatchError, UnsupportedModelError
 from kv_retract.landmarks import PooledLandmarks
-from kv_retract.landmarks.config import WEIGHTS, LandmarkConfig
+from kv_retract.landmarks.config import WEIGHTS
 from kv_retract.landmarks.net import LandmarkNet
 from kv_retract.testing.erasers import thread_ids
 from kv_retract.testing.models import FAMILIES, tiny_model
@@ -184,7 +185,7 @@ def test_gradients_reach_the_net_and_nothing_of_the_model():
     model = frozen()
     net = net_of(model, spread=0.1)
     found = encode(model, net).landmarks
-    scores = net.pooling.all_scores(torch.rand(3, 4, 2, 5))
+    scores = net.pooling.all_scores(look_of(model, layer) for layer in range(3))
     (found.k.square().sum() + found.v.square().sum() + (scores * torch.rand(5)).sum()).backward()
     without = {name for name, x in net.named_parameters() if x.grad is None or not x.grad.any()}
     assert without <= {f"{kind}.model/layers/2/self_attn/q_proj" for kind in ("weight", "bias")}
@@ -194,20 +195,36 @@ def test_gradients_reach_the_net_and_nothing_of_the_model():
 # -- pooling, identity and files ------------------------------------------------------------------------------------
 
 
+def look_of(model, seed):
+    """Two tokens that look for five landmarks, at places that do not matter."""
+    generator, config = torch.Generator().manual_seed(seed), model.config
+    head_dim = model.get_submodule("model.layers.0.self_attn").head_dim
+    shapes = (config.num_attention_heads, 2), (5, config.num_key_value_heads), (3, config.num_key_value_heads)
+    q, marks, others = (torch.randn(*shape, head_dim, generator=generator) for shape in shapes)
+    return Look(q, marks, others, 0.3, 20, np.arange(5), inspect_model(model)[1])
+
+
 @torch.no_grad()
-def test_heads_count_by_their_weights():
-    net = net_of(tiny_model(), spread=1.0)
-    weights, shares = net.heads.exp() / net.heads.exp().sum(), torch.rand(3, 4, 2, 5)
-    wanted = [
-        sum(float(weights[layer, head] * shares[layer, head, :, mark].max()) for layer in range(3) for head in range(4))
-        for mark in range(5)
-    ]
-    found = net.pooling.all_scores(shares)
+def test_the_best_match_of_each_head_counts_by_its_weight():
+    net, looks = net_of(tiny_model(), spread=0.3), [look_of(tiny_model(), layer) for layer in range(3)]
+    wanted = torch.zeros(5)
+    for layer, look in enumerate(looks):
+        q, k = look.without_positions()
+        for head in range(4):
+            sought, centred = q[head] @ net.maps[layer, head], k[:, head // 2] - k[:, head // 2].mean(0)
+            for mark in range(5):
+                best = max(float(token @ centred[mark]) * 0.3 for token in sought)
+                wanted[mark] += net.heads[layer, head] * best
+    found = net.pooling.all_scores(looks)
     assert found.shape == (3, 5)
-    for layer in found.tolist():
-        assert layer == pytest.approx(wanted, abs=1e-6)
-    fresh = net_of(tiny_model()).pooling.weights
-    torch.testing.assert_close(fresh, torch.full((3, 4), 1 / 12))
+    for layer in found:
+        torch.testing.assert_close(layer, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_fresh_net_matches_as_the_model_does():
+    pooling = net_of(tiny_model()).pooling
+    assert torch.equal(pooling.maps, torch.eye(pooling.maps.shape[-1]).expand_as(pooling.maps))
+    torch.testing.assert_close(pooling.weights, torch.full((3, 4), 1 / 4))
 
 
 def test_a_net_is_named_by_every_one_of_its_weights():
@@ -217,15 +234,19 @@ def test_a_net_is_named_by_every_one_of_its_weights():
     for parameter in net.parameters():
         parameter.data.view(-1)[-1] += 1e-3
         names.add(net.identity)
-    assert len(names) == 2 + len(list(net.parameters()))
+    net.attended = False
+    names.add(net.identity)
+    assert len(names) == 3 + len(list(net.parameters()))
 
 
 def test_a_saved_net_is_for_its_model_only(tmp_path):
     model = frozen()
-    net, config = net_of(model, spread=0.1), LandmarkConfig(fingerprint="of this model", base="tiny")
-    net.save(tmp_path / "net", config)
+    net = net_of(model, spread=0.1)
+    net.attended = False
+    net.save(tmp_path / "net", fingerprint="of this model", base="tiny")
     again = LandmarkNet.load(tmp_path / "net", model, "of this model")
-    assert again.identity == net.identity and not any(parameter.requires_grad for parameter in again.parameters())
+    assert again.identity == net.identity and not again.attended
+    assert not any(parameter.requires_grad for parameter in again.parameters())
     with pytest.raises(LandmarkMismatchError, match="trained on model 'tiny' .fingerprint of this model."):
         LandmarkNet.load(tmp_path / "net", model, "of another")
     with pytest.raises(LandmarkMismatchError, match="expected trained landmarks in"):

@@ -1,11 +1,14 @@
 """The bi-layer engine equals a slow twin: plain transformers, no pool, no index, every state computed anew."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from transformers.cache_utils import DynamicCache
 
 from kv_retract.cache.keys import build_key
+from kv_retract.cache.refill import PlainPooling
 from kv_retract.cache.rope import rotate_keys
 from kv_retract.engine.bilayer import BiLayer, BiLayerEngine
 from kv_retract.engine.hf import HFEngine
@@ -14,7 +17,16 @@ from kv_retract.landmarks.net import LandmarkNet
 from kv_retract.testing.models import tiny_model
 
 SETTINGS = BiLayer(
-    window=16, ratio=4, overlap=3, local=40, sinks=2, queries=8, refill=12, landmark_positions=12, max_tokens=320
+    window=16,
+    ratio=4,
+    overlap=3,
+    local=40,
+    sinks=2,
+    queries=8,
+    refill=12,
+    landmark_positions=12,
+    max_tokens=320,
+    rounds=2,
 )
 
 
@@ -66,7 +78,7 @@ class Twin:
         if not windows:
             return [], 0
         s, tokens = self.s, [t for w in windows for t in w[0]]
-        landmarks = self.landmarks(windows) if self.net is not None else []
+        landmarks = self.landmarks(windows) if self.net is not None and self.net.attended else []
         placed = [(k, v, at) for k, v, at in landmarks]
         placed += [(*tokens[n], n) for n in range(s.sinks)]
         placed += back
@@ -102,6 +114,31 @@ class Twin:
             means.append(tuple(torch.stack([state[i] for state in part]).mean(0) for i in (0, 1)))
         return states, means
 
+    def attention(self, layer, q, landmarks, others):
+        """Largest share of attention of any query. Shape: (heads, landmarks)."""
+        keys = [self.turn(k[layer], 0, at) for k, _, at in landmarks]
+        keys += [self.turn(k[layer], 0, at) for k, _, at in others]
+        most = np.zeros((q.shape[0], len(landmarks)))
+        for head in range(q.shape[0]):
+            kv = head * keys[0].shape[0] // q.shape[0]
+            for query in q[head]:
+                weights = torch.stack([query @ k[kv] for k in keys]).mul(query.shape[-1] ** -0.5).softmax(0)
+                most[head] = np.maximum(most[head], weights[: len(landmarks)].numpy())
+        return most
+
+    def matches(self, layer, q, first, landmarks):
+        """What a landmark's key has beyond the others' against each query. Shape: (heads, queries, landmarks)."""
+        keys = [k[layer] - sum(k[layer] for k, _, _ in landmarks) / len(landmarks) for k, _, _ in landmarks]
+        found = np.zeros((*q.shape[:2], len(landmarks)))
+        for head in range(q.shape[0]):
+            kv = head * keys[0].shape[0] // q.shape[0]
+            for n, query in enumerate(q[head]):
+                sought = self.turn(query[None], first + n, 0)[0]
+                if self.net is not None:
+                    sought = sought @ self.net.maps[layer, head]
+                found[head, n] = [float(sought @ k[kv]) * query.shape[-1] ** -0.5 for k in keys]
+        return found
+
     def logits(self, ids, num_last):
         s = self.s
         moved = max(0, -(-(len(ids) - s.local) // s.window))
@@ -117,31 +154,30 @@ class Twin:
         queries = [q[:, queries_at:] for q in queries]
         tokens = [t for w in windows for t in w[0]]
         for _ in range(s.rounds):
-            back = self.brought_back(windows, tokens, queries, past[count:] + known)
+            back = self.brought_back(windows, tokens, queries, positions[queries_at], past[count:] + known)
             past, _ = self.before(windows, back)
             both = past + known
             newest = local[queries_at:]
             logits, _, queries = self.run(both, newest, positions[queries_at:], causal(len(both), len(newest)))
         return logits[-num_last:]
 
-    def brought_back(self, windows, tokens, queries, others):
-        """Pooled landmarks: each layer's own choice. Trained ones: all layers', by weighted heads.
+    def brought_back(self, windows, tokens, queries, first, others):
+        """Shares of attention: each layer's own choice. Else all layers' choice, with weighted heads where they learnt.
 
         All layers bring as many, so a row is (k of all layers, v of all layers, position).
         """
         s, landmarks = self.s, self.landmarks(windows)
         scores = []
         for layer, q in enumerate(queries):
-            keys = [self.turn(k[layer], 0, at) for k, _, at in landmarks]
-            keys += [self.turn(k[layer], 0, at) for k, _, at in others]
-            most = np.zeros((q.shape[0], len(landmarks)))
-            for head in range(q.shape[0]):
-                kv = head * keys[0].shape[0] // q.shape[0]
-                for query in q[head]:
-                    weights = torch.stack([query @ k[kv] for k in keys]).mul(query.shape[-1] ** -0.5).softmax(0)
-                    most[head] = np.maximum(most[head], weights[: len(landmarks)].numpy())
-            scores.append(most.max(0) if self.net is None else self.net.pooling.weights[layer].numpy() @ most)
-        if self.net is not None:
+            if s.pooling is not None:
+                scores.append(self.attention(layer, q, landmarks, others).max(0))
+            elif self.net is None:
+                matches = self.matches(layer, q, first, landmarks)
+                each = [match / match.std() for head in matches for match in head]
+                scores.append(np.max(each, axis=0) if layer else np.zeros(len(landmarks)))
+            else:
+                scores.append(self.net.heads[layer].numpy() @ self.matches(layer, q, first, landmarks).max(1))
+        if s.pooling is None:
             scores = [sum(scores)] * len(scores)
         rows_of_layer = []
         for score in scores:
@@ -165,8 +201,9 @@ def causal(before, n):
     return torch.cat([torch.ones(n, before, dtype=torch.bool), torch.ones(n, n, dtype=torch.bool).tril()], 1)
 
 
-def trained(model):
+def trained(model, *, attended):
     net = LandmarkNet.for_model(model)
+    net.attended = attended
     torch.manual_seed(3)
     with torch.no_grad():
         for parameter in net.parameters():
@@ -175,15 +212,15 @@ def trained(model):
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
-@pytest.mark.parametrize("kind", ["pooled", "tokens"])
+@pytest.mark.parametrize("kind", ["shares", "pooled", "attended", "not attended"])
 @pytest.mark.parametrize("length", [57, 100, 190])
 def test_the_engine_equals_the_slow_twin(family, kind, length):
-    model = tiny_model(family)
-    net = trained(model) if kind == "tokens" else None
-    engine = BiLayerEngine(HFEngine(model, max_tokens=600, chunk_size=11), SETTINGS, landmarks=net or PooledLandmarks())
+    model, settings = tiny_model(family), replace(SETTINGS, pooling=PlainPooling() if kind == "shares" else None)
+    net = trained(model, attended=kind == "attended") if "attended" in kind else None
+    engine = BiLayerEngine(HFEngine(model, max_tokens=600, chunk_size=11), settings, landmarks=net or PooledLandmarks())
     for seed in range(20):
         ids = np.random.default_rng(seed).integers(3, 211, length)
-        twin = Twin(model, engine.inner.rotary, SETTINGS, net)
+        twin = Twin(model, engine.inner.rotary, settings, net)
         wanted = twin.logits(ids, 5)
         if twin.gap > 2e-6:
             break

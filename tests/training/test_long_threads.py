@@ -30,11 +30,11 @@ class Heard(Pooling):
     heard: list = field(default_factory=list)
     together: bool = True
 
-    def scores(self, layer, attention):
-        return self.pooling.scores(layer, attention)
+    def scores(self, layer, look):
+        return self.pooling.scores(layer, look)
 
-    def all_scores(self, attention):
-        scores = super().all_scores(attention)
+    def all_scores(self, looks):
+        scores = super().all_scores(looks)
         self.heard.append(scores[0])
         return scores
 
@@ -44,10 +44,11 @@ def model(request):
     return tiny_model(request.param).requires_grad_(False)
 
 
-@pytest.fixture
-def student(model):
-    """With landmarks that training has moved."""
+@pytest.fixture(params=[True, False])
+def student(model, request):
+    """With landmarks that training has moved, attended to or not."""
     net, generator = LandmarkNet.for_model(model), torch.Generator().manual_seed(3)
+    net.attended = request.param
     for parameter in net.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
     return LongStudent(model, inspect_model(model)[1], net)
@@ -61,7 +62,7 @@ def is_clear(student, thread, asked, settings):
     """Whether no two blocks are nearly as good as each other: which comes back would be up to rounding."""
     with torch.no_grad():
         rounds, _ = student.ask(student.read(thread, settings), asked, asked[:1])
-    return all(float(scores.sort().values.diff().min()) > 2e-6 for scores in rounds)
+    return all(float(scores.sort().values.diff().min()) > 1e-4 for scores in rounds)
 
 
 def close(found, wanted, atol):
@@ -94,14 +95,14 @@ def test_scores_and_answers_equal_the_engines(student, length, asks, rounds):
         list(engine.generate(key, SamplingParams(max_tokens=len(told)), logits_processor=teach))
         scores, found = student.ask(student.read(thread, settings), asked, told)
     assert len(scores) == len(pooling.heard) == rounds
-    close(torch.stack(scores), torch.stack(pooling.heard), atol=1e-6)
+    close(torch.stack(scores), torch.stack(pooling.heard), atol=1e-4)
     close(found, torch.stack(logits), atol=1e-4)
 
 
 @torch.no_grad()
 def test_what_is_brought_back_is_neither_a_first_token_nor_the_end_of_the_last_window(student):
     thread = student.read(ids_of(114, 0), SETTINGS)  # 5 windows, 20 landmarks
-    assert thread.num_landmarks == 20 and len(thread.tokens) == 80 and len(thread.local) == 34
+    assert len(thread.landmarks) == 20 and len(thread.tokens) == 80 and len(thread.local) == 34
     assert brought_back(thread, torch.arange(20.0)).tolist() == [64, 65, 66, *range(68, 77)]
     assert brought_back(thread, -torch.arange(20.0)).tolist() == list(range(2, 14))
 
@@ -113,6 +114,16 @@ def test_questions_do_not_see_each_other(student):
     for (scores, logits), asked in zip(reversed(first), reversed(questions), strict=True):
         again = student.ask(thread, asked, ids_of(3, 3))
         assert torch.equal(again[1], logits) and all(map(torch.equal, again[0], scores))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [66, 114])  # fewer tokens behind the windows than choose, and more
+def test_all_questions_in_one_pass_look_as_each_by_itself(student, length):
+    thread = student.read(ids_of(length, 0), replace(SETTINGS, queries=21, local=48))
+    questions = [ids_of(n, n) for n in (10, 3, 21, 30)]
+    found = student.look(thread, questions)
+    for scores, asked in zip(found, questions, strict=True):
+        close(scores, student.ask(thread, asked, ids_of(2, 1))[0][0], atol=1e-4)
 
 
 @torch.no_grad()
