@@ -56,18 +56,18 @@ FACTS = {
         r"^the account is still read: False$",
         r"^the bill is still read: True$",
     ),
-    "09_a_thread_of_fifty_windows.py": (
-        r"^2[56]\d{3} tokens, 5\d windows, \d+ messages$",
-        r"^before: The owner of order Kel-42 is Tal\.$",
-        r"^withdrawn: \d+ tokens of message 2, steered$",
-        r"^after: I do not know\.$",
-    ),
     "08_a_secret_is_erased.py": (
         r"^secret: \d+ tokens, guarantee exact, status exact$",
         r"^the key is still read: False$",
         r"^the bucket is still read: True$",
         r"^states that had read it are gone: True$",
         r"^as if it had never been there: True$",
+    ),
+    "09_a_thread_of_fifty_windows.py": (
+        r"^2[56]\d{3} tokens, 5\d windows, \d+ messages$",
+        r"^before: The owner of order Kel-42 is Tal\.$",
+        r"^withdrawn: \d+ tokens of message 2, steered$",
+        r"^after: I do not know\.$",
     ),
 }
 
