@@ -24,7 +24,7 @@ class Look:
     q: torch.Tensor
     """Their queries, rotated. Shape: (num_heads, num_queries, head_dim)"""
     landmark_k: torch.Tensor
-    """Rotated. Shape: (num_landmarks, num_kv_heads, head_dim)"""
+    """Without rotation, as they are kept. Shape: (num_landmarks, num_kv_heads, head_dim)"""
     other_k: torch.Tensor
     """Of what else all of them see, rotated. Shape: (num_others, num_kv_heads, head_dim)"""
     scale: float
@@ -37,14 +37,14 @@ class Look:
 
     def shares(self) -> torch.Tensor:
         """Return the attention paid to landmarks. Shape: (num_heads, num_queries, num_landmarks), float32."""
-        return landmark_attention(self.q, self.landmark_k, self.other_k, self.scale)
-
-    def without_positions(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return queries and keys of landmarks as they were before their rotation; shapes as `q` and `landmark_k`."""
-        q_at = torch.arange(self.start, self.start + self.q.shape[1])
         at = torch.from_numpy(np.ascontiguousarray(self.landmarks_at))
-        q = rotate_keys(self.q.transpose(0, 1), q_at, torch.zeros_like(q_at), self.rotary).transpose(0, 1)
-        return q, rotate_keys(self.landmark_k, at, torch.zeros_like(at), self.rotary)
+        placed = rotate_keys(self.landmark_k, torch.zeros_like(at), at, self.rotary)
+        return landmark_attention(self.q, placed, self.other_k, self.scale)
+
+    def without_positions(self) -> torch.Tensor:
+        """Return the queries as they were before their rotation; shape as `q`."""
+        at = torch.arange(self.start, self.start + self.q.shape[1])
+        return rotate_keys(self.q.transpose(0, 1), at, torch.zeros_like(at), self.rotary).transpose(0, 1)
 
     def matches(self, maps: torch.Tensor | None = None) -> torch.Tensor:
         """Return how much better each landmark matches a query than landmarks do on average, wherever they stand.
@@ -55,11 +55,10 @@ class Look:
         Returns:
             Shape: (num_heads, num_queries, num_landmarks), float32
         """
-        q, k = self.without_positions()
-        sought = q.float() * self.scale
+        sought, k = self.without_positions().float() * self.scale, self.landmark_k.float()
         if maps is not None:
             sought = torch.einsum("hqd,hde->hqe", sought, maps.float())
-        own = (k.float() - k.float().mean(0)).repeat_interleave(q.shape[0] // k.shape[1], dim=1)
+        own = (k - k.mean(0)).repeat_interleave(len(sought) // k.shape[1], dim=1)
         return torch.einsum("hqe,nhe->hqn", sought, own)
 
 

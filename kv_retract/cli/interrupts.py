@@ -26,14 +26,14 @@ def sure_interrupts() -> Iterator[None]:
     def ignored(what: sys.UnraisableHookArgs) -> None:
         """In a callback of a weak reference, say: these have no name."""
         if isinstance(what.exc_value, KeyboardInterrupt):
-            again()
+            _again()
         else:
             hook(what)
 
     def interrupt(_: int, frame: FrameType | None) -> None:
         while frame is not None:
             if frame.f_code.co_name == "__del__" or frame.f_code is ignored.__code__:
-                again()
+                _again()
                 return
             frame = frame.f_back
         raise KeyboardInterrupt
@@ -47,7 +47,7 @@ def sure_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def again() -> None:
+def _again() -> None:
     """Send the signal to the main thread once more, in a moment."""
     timer = Timer(_AGAIN_S, signal.pthread_kill, (main_thread().ident, signal.SIGINT))
     timer.daemon = True

@@ -55,7 +55,7 @@ class Queries(TorchFunctionMode):
         """Yield how the tokens look at landmarks in each layer.
 
         Args:
-            landmark_k: keys of landmarks, rotated. Shape: (num_layers, num_landmarks, num_kv_heads, head_dim)
+            landmark_k: keys of landmarks, without rotation. Shape: (num_layers, num_landmarks, num_kv_heads, head_dim)
             other_k: keys of what else all of the tokens see, rotated. Shape: (num_layers, num_others, ...)
             start: position of the first of the tokens.
             landmarks_at: positions of the landmarks. Shape: (num_landmarks,)
@@ -103,9 +103,8 @@ class Answering:
         self._ids, self._decoded = ids, 0
         self._num_queries, self._num_last, self._budget, self._pooling = num_queries, num_last, budget, pooling
         self._rounds, self._refresh, self._chunk = rounds, refresh, chunk_size
-        self._landmarks = len(parts.landmarks) if windows.landmarks.attended else 0
         self._before: int  # rows of the working cache ahead of the local part
-        self._working = self._behind(windows.context(parts), local, room=len(ids) - len(local))
+        self._working = self._behind(parts.context, local, room=len(ids) - len(local))
         self._queries = Queries(0)
 
     @property
@@ -139,8 +138,7 @@ class Answering:
             end = self._before + len(self._ids) - self._newest
             back = self._windows.refilled(parts, self._scores(end), self._budget)
             local = States(old.k, old.v).part(slice(self._before, end))
-            ahead = [parts.landmarks] if self._landmarks else []
-            self._working = self._behind(*ahead, parts.sinks, back, parts.overlap, local, room=self._newest)
+            self._working = self._behind(parts.attended, parts.sinks, back, parts.overlap, local, room=self._newest)
             logits = self._read_newest()
         return logits
 
@@ -164,10 +162,10 @@ class Answering:
 
     def _scores(self, end: int) -> torch.Tensor:
         """Return what the newest tokens give each landmark. Shape: (num_layers, num_landmarks)."""
-        windows, keys = self._windows, self._parts.landmarks.k
+        windows, parts = self._windows, self._parts
         looks = self._queries.looks(
-            keys, self._working.k[:, self._landmarks : end], windows.start + end - self._before,
-            windows.layout.of_landmarks(keys.shape[1]), windows.rotary,
+            parts.landmarks.k, self._working.k[:, len(parts.attended) : end], windows.start + end - self._before,
+            windows.layout.of_landmarks(len(parts.landmarks)), windows.rotary,
         )  # fmt: skip
         return self._pooling.all_scores(looks)
 

@@ -27,6 +27,9 @@ class Parts:
     """What the windows of a thread offer whoever comes after them; keys are rotated for the layout."""
 
     landmarks: States
+    """What is chosen among; keys without rotation."""
+    attended: States
+    """What of them is read: nothing, where they only say what to bring back."""
     sinks: States
     """The first tokens of the thread."""
     overlap: States
@@ -35,6 +38,11 @@ class Parts:
     """Slots of L2 of what can be brought back: all tokens but the two above. Shape: (num_tokens,)"""
     sizes: IntArray
     """How many of them each landmark stands for. Shape: (num_landmarks,)"""
+
+    @property
+    def context(self) -> States:
+        """What is read before local tokens, when nothing is brought back."""
+        return joined([self.attended, self.sinks, self.overlap])
 
 
 class WindowStore:
@@ -107,19 +115,16 @@ class WindowStore:
         rows = self.pool.landmark_rows(of)
         between = between if choosing else between[:0]
         number = np.cumsum(self.pool.shape.blocks(of)) - 1  # of the landmark of each block
-        landmarks = States(*self.pool.read_landmarks(rows)).placed(self.layout.of_landmarks(len(rows)), self.rotary)
+        landmarks = States(*self.pool.read_landmarks(rows))
+        read = landmarks.part(slice(None if self.landmarks.attended else 0))
         return Parts(
             landmarks=landmarks,
+            attended=read.placed(self.layout.of_landmarks(len(read)), self.rotary),
             sinks=self._tokens(slots[first], np.arange(len(first))),
             overlap=self._tokens(slots[last], self.start - len(last) + np.arange(len(last))),
             candidates=slots[between],
             sizes=np.bincount(number[between // self.pool.shape.ratio], minlength=len(rows)),
         )
-
-    def context(self, parts: Parts) -> States:
-        """Return what is attended to before local tokens: landmarks, where they are for that, sinks and overlap."""
-        read = [parts.landmarks] if self.landmarks.attended else []
-        return joined([*read, parts.sinks, parts.overlap])
 
     def refilled(self, parts: Parts, scores: torch.Tensor, budget: int) -> States:
         """Bring the L2 entries back that the best landmarks stand for; those of each layer by its own scores.
@@ -193,7 +198,7 @@ class WindowStore:
         sizes = np.count_nonzero(slots.reshape(-1, shape.ratio) != NO_SLOT, axis=1)
         device = self.pool.landmark_k.device
         encoded = encode_window(
-            self._model, self.rotary, self.landmarks, self.context(self.parts(before, choosing=False)),
+            self._model, self.rotary, self.landmarks, self.parts(before, choosing=False).context,
             torch.from_numpy(np.ascontiguousarray(ids)).to(device), torch.from_numpy(sizes[sizes > 0]), self.start,
         )  # fmt: skip
         host = self.pool.k.device

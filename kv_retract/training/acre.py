@@ -51,15 +51,16 @@ def losses(student: LongStudent, row: LongRow, config: AcreTraining) -> dict[str
     def search(scores: torch.Tensor, target: NDArray[np.float32]) -> torch.Tensor:
         return search_loss(scores, torch.from_numpy(target).to(scores.device))
 
-    sought = [(question, target) for question in row.questions if (target := row.targets(question)) is not None]
+    asked = [(question, row.targets(question)) for question in row.questions]
+    sought = [(question.asked, target) for question, target in asked if target is not None]
     if sought:
-        looks = student.look(thread, [question.asked for question, _ in sought])
+        looks = student.look(thread, [question for question, _ in sought])
         found["search"] += [search(scores, target) for scores, (_, target) in zip(looks, sought, strict=True)]
     teaches = config.attend or config.rounds > 1  # else an answer tells landmarks nothing
-    for question in row.questions[: config.most_answers if teaches else 0]:
+    for question, target in asked[: config.most_answers if teaches else 0]:
         rounds, logits = student.ask(thread, question.asked, question.told)
         found["answer"].append(cross_entropy(logits, torch.from_numpy(question.told).to(logits.device)))
-        if (target := row.targets(question)) is not None:
+        if target is not None:
             found["search"] += [search(scores, target) for scores in rounds[1:]]
     return {name: torch.stack(values).mean() for name, values in found.items() if values}
 
@@ -130,8 +131,8 @@ def train_acre(
         config: what to train, and how.
         out: folder of the run: `config.json`, `log.jsonl`, `state.pt`, `landmarks/`.
         texts: real text; without any, only threads of the corpus. A run goes on with the same only.
-        start: folder of landmarks of this model to train further, with a fresh optimizer. None: fresh ones. A run
-            goes on with the same only.
+        start: folder of landmarks of this model to train further, with a fresh optimizer; whether they are attended to
+            is the configuration's. None: fresh ones. A run goes on with the same only.
         seconds: stop with a checkpoint after so long; calling again goes on.
         validation: threads per family in a validation; 0: none.
         validate_every: steps between validations.

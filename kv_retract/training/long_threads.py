@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ..cache.refill import choose
 from ..cache.rope import Rotary
@@ -18,11 +19,8 @@ from ..engine.bilayer import BiLayer
 from ..engine.refilling import Queries
 from ..engine.windows import EncodedWindow, States, encode_window, joined, run_behind
 from ..errors import UnsupportedModelError
-from ..landmarks import LandmarkNet, PooledLandmarks
+from ..landmarks import LandmarkNet
 from .encoding import IntArray
-
-_PLAIN = PooledLandmarks()
-"""For tokens that get no landmarks: they run as they are."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,7 +72,6 @@ class LongStudent:
         """
         size, num_windows = settings.window, settings.moved(len(ids))
         windows: list[EncodedWindow] = []
-        landmarks: list[States] = []
         context, logits = States(*torch.empty(2, 0, 0)), []
         sizes = torch.full((size // settings.ratio,), settings.ratio)
         for number in range(num_windows):
@@ -87,12 +84,12 @@ class LongStudent:
                 )
             )  # fmt: skip
             logits += [windows[-1].logits] if kept else []
-            landmarks.append(windows[-1].landmarks)
-            context = self._context(windows, settings, landmarks if self.net.attended else [])
+            context = self._context(windows, settings)
         local = ids[num_windows * size :]
         states, _, _ = self._run(context, local, start_of(settings))
         tokens = joined([window.tokens for window in windows])
-        return LongThread(settings, joined(landmarks), context, tokens, local, states, tuple(logits))
+        landmarks = joined([window.landmarks for window in windows])
+        return LongThread(settings, landmarks, context, tokens, local, states, tuple(logits))
 
     def look(self, thread: LongThread, questions: Sequence[IntArray]) -> list[torch.Tensor]:
         """Return what each question gives the landmarks before anything is brought back, as `ask` does, in one pass.
@@ -116,12 +113,7 @@ class LongStudent:
         owner = np.concatenate([np.full(len(tail), -1), *(np.full(len(q), n) for n, q in enumerate(questions))])
         at = start + np.concatenate([np.arange(len(tail)), *(len(tail) + np.arange(len(q)) for q in questions)])
         own = np.tril((owner[None] == owner[:, None]) | (owner[None] < 0))
-        seen = np.concatenate([np.ones((len(own), len(past)), np.bool_), own], axis=1)
-        ids, positions, mask = (
-            torch.from_numpy(x).to(self.model.device) for x in (np.concatenate([tail, *questions]), at, seen)
-        )
-        with Queries(len(ids)) as queries:
-            run_behind(self.model, past, ids, positions, mask)
+        _, _, queries = self._run_at(past, np.concatenate([tail, *questions]), at, own)
         self._check(queries, past)
         scores = []
         for begin, end in zip(begins, ends, strict=True):
@@ -160,22 +152,21 @@ class LongStudent:
         _, logits, _ = self._run(past, np.concatenate([newest, told[:-1]]), start, num_logits=len(told))
         return scores, logits
 
-    def _context(self, windows: Sequence[EncodedWindow], settings: BiLayer, landmarks: Sequence[States]) -> States:
-        layout, sinks, overlap = settings.layout, settings.sinks, settings.overlap
-        first, last = windows[0].tokens, windows[-1].tokens
-        parts = [
+    def _context(self, windows: Sequence[EncodedWindow], settings: BiLayer) -> States:
+        landmarks, first, last = joined([w.landmarks for w in windows]), windows[0].tokens, windows[-1].tokens
+        read = landmarks.part(slice(None if self.net.attended else 0))
+        sinks, overlap = settings.sinks, settings.overlap
+        parts = (
+            (read, settings.layout.of_landmarks(len(read))),
             (first.part(slice(sinks)), np.arange(sinks)),
             (last.part(slice(len(last) - overlap, None)), start_of(settings) - overlap + np.arange(overlap)),
-        ]
-        if landmarks:
-            marks = joined(landmarks)
-            parts.insert(0, (marks, layout.of_landmarks(len(marks))))
+        )
         return joined([states.placed(positions, self._rotary) for states, positions in parts])
 
     def _scores(self, thread: LongThread, queries: Queries, past: torch.Tensor, start: int) -> torch.Tensor:
         at = thread.settings.layout.of_landmarks(len(thread.landmarks))
         others = past[:, len(thread.landmarks) if self.net.attended else 0 :]
-        looks = queries.looks(thread.landmarks.placed(at, self._rotary).k, others, start, at, self._rotary)
+        looks = queries.looks(thread.landmarks.k, others, start, at, self._rotary)
         return self.net.pooling.all_scores(looks)[0]
 
     def _check(self, queries: Queries, past: States) -> None:
@@ -189,12 +180,18 @@ class LongStudent:
         self, past: States, ids: IntArray, start: int, *, num_logits: int = 1
     ) -> tuple[States, torch.Tensor, Queries]:
         """Run tokens behind a past; return their states, keys rotated, the last logits, and their queries."""
-        part = torch.from_numpy(ids).to(self.model.device)
+        own = np.tri(len(ids), dtype=np.bool_)
+        return self._run_at(past, ids, start + np.arange(len(ids)), own, num_logits=num_logits)
+
+    def _run_at(
+        self, past: States, ids: IntArray, positions: IntArray, own: NDArray[np.bool_], *, num_logits: int = 1
+    ) -> tuple[States, torch.Tensor, Queries]:
+        """As `_run`; which of them each sees is `own`, shape: (num_tokens, num_tokens)."""
+        seen = np.concatenate([np.ones((len(ids), len(past)), np.bool_), own], axis=1)
+        part, at, mask = (torch.from_numpy(x).to(self.model.device) for x in (ids, positions, seen))
         with Queries(len(ids)) as queries:
-            found = encode_window(
-                self.model, self._rotary, _PLAIN, past, part, torch.tensor([len(ids)]), start, num_logits=num_logits
-            )
-        return found.tokens.placed(start + np.arange(len(ids)), self._rotary), found.logits, queries
+            states, logits = run_behind(self.model, past, part, at, mask, num_logits=num_logits)
+        return states, logits, queries
 
 
 def start_of(settings: BiLayer) -> int:

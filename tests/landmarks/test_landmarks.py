@@ -209,7 +209,7 @@ def test_the_best_match_of_each_head_counts_by_its_weight():
     net, looks = net_of(tiny_model(), spread=0.3), [look_of(tiny_model(), layer) for layer in range(3)]
     wanted = torch.zeros(5)
     for layer, look in enumerate(looks):
-        q, k = look.without_positions()
+        q, k = look.without_positions(), look.landmark_k
         for head in range(4):
             sought, centred = q[head] @ net.maps[layer, head], k[:, head // 2] - k[:, head // 2].mean(0)
             for mark in range(5):
