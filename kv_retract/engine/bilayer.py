@@ -2,9 +2,9 @@
 
 The oldest windows of a long thread are encoded once, each with its landmarks, and kept apart: landmarks (L1) on the
 device, tokens (L2) on the host. What is newer, the *local* part, is cached in the ordinary way and reads the first
-tokens of the thread, the landmarks and the end of the last window. Before an answer the newest tokens attend to the
-landmarks; the tokens behind those that they look at most are brought back, layer by layer, and the newest tokens run
-again with them in sight.
+tokens of the thread, the end of the last window, and the landmarks where they are for that. Before an answer the newest
+tokens look for landmarks (`cache.refill.Pooling`); the tokens behind the best are brought back, layer by layer, and the
+newest tokens run again with them in sight.
 
 What is cached depends on the thread alone, never on what was asked: an answer is read again as part of the next step.
 """
@@ -79,7 +79,7 @@ class BiLayer:
     landmarks: str = ""
     """What stands for blocks: `pooled`, a folder of trained landmarks, or nothing: as `find_landmarks` says."""
     pooling: Pooling | None = None
-    """How attention to a landmark becomes a score. None: as the landmarks were made for."""
+    """How what is looked for in a landmark becomes a score. None: as the landmarks were made for."""
     folder: str | Path | None = None
     """Where L2 lies on disk, mapped into memory: it is there again after a restart. None: in memory."""
 

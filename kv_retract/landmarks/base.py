@@ -32,7 +32,7 @@ class Landmarks(ABC):
     @property
     @abstractmethod
     def pooling(self) -> Pooling:
-        """How attention to them becomes a score, unless something else is asked for."""
+        """How what is looked for in them becomes a score, unless something else is asked for."""
 
     def attached(self, model: Any, gate: torch.Tensor) -> AbstractContextManager[None]:
         """Let a model treat some of the tokens that it runs as landmarks; whatever happens, it is the old one after.

@@ -1,7 +1,8 @@
 """Train landmarks (ACRE, arXiv 2412.12486): losses, validation, run. `acre_config` comes first.
 
-Only landmarks learn. What they learn is threefold: to stand for their blocks when what comes later is read (stage 1),
-to be found by questions about them, and to leave the answer right that is given with the found tokens brought back.
+Only landmarks learn: to be found by questions about their blocks. Those that are attended to also learn to stand for
+them when what comes later is read (stage 1), and to leave the answer right that is given with the found tokens brought
+back.
 """
 
 from __future__ import annotations
