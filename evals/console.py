@@ -31,7 +31,7 @@ def print_replay(result: ReplayResult, console: Console) -> None:
         f"{counts['too_long']} traces cut, {counts['unreadable']} not readable",
         highlight=False,
     )
-    table = _table("arm", *_REPLAY_COLUMNS, "next_step_ms_median", "cached_tokens")
+    table = table_of("arm", *_REPLAY_COLUMNS, "next_step_ms_median", "cached_tokens")
     for row in result.rows:
         if row["policy"] == ALL:
             cells = [number(row[column]) for column in (*_REPLAY_COLUMNS, "next_step_ms_median", "cached_tokens")]
@@ -47,33 +47,6 @@ def print_replay(result: ReplayResult, console: Console) -> None:
         console.print(Text(f"Note: {note}.", style="yellow"))
 
 
-def print_bench(document: Mapping[str, Any], console: Console) -> None:
-    """Print the arms of an edit benchmark."""
-    console.print(
-        f"Erase {document['span']} of {document['context']} tokens at {document['depth']:.0%} depth; model "
-        f"{document['model']}, {document['dtype']}, {document['machine']['processor']}, "
-        f"{document['machine']['threads']} threads; median of {document['repeats']}",
-        markup=False,
-        highlight=False,
-    )
-    table = _table("arm", "edit, ms", "quartiles", "of recompute", "next step, ms")
-    for name, arm in document["arms"].items():
-        edit = arm["edit_ms"]
-        table.add_row(
-            Text(name),
-            number(arm["edit_ms_median"]),
-            f"{number(edit['low'])} to {number(edit['high'])}",
-            f"{document['ratio_to_recompute'][name]:.2%}",
-            number(arm["next_step_ms_median"]),
-        )
-    console.print(table)
-    console.print(
-        f"A fork with {document['next_tokens']} tokens of its own takes {document['fork_page_fraction']:.2%} of the "
-        f"thread's pages. match_prefix on 32K tokens: {number(document['match_prefix_ms_32k'])} ms.",
-        highlight=False,
-    )
-
-
 def print_reference(metrics: Mapping[str, Any], console: Console) -> None:
     """Print accuracy and leak of every family, kind, length and arm."""
     config = metrics["config"]
@@ -82,7 +55,7 @@ def print_reference(metrics: Mapping[str, Any], console: Console) -> None:
         f"{config['n']} traces per family and length",
         markup=False, highlight=False,
     )  # fmt: skip
-    table = _table("family", "kind", "length", "arm", "n", "accuracy", "leak")
+    table = table_of("family", "kind", "length", "arm", "n", "accuracy", "leak")
     for row in metrics["rows"]:
         figures = [f"{number(row[name])} ± {number(row[f'{name}_se'])}" for name in ("accuracy", "leak")]
         table.add_row(row["family"], row["kind"], str(row["length"]), row["arm"], str(row["n"]), *figures)
@@ -92,7 +65,7 @@ def print_reference(metrics: Mapping[str, Any], console: Console) -> None:
 def print_policies(metrics: Mapping[str, Any], console: Console) -> None:
     """Print how often each policy is right, by where the labels come from."""
     shares, counts = ("recall", "precision", "exact"), ("threads", "labels", "proposals")
-    table = _table("policy", "source", *counts, *shares)
+    table = table_of("policy", "source", *counts, *shares)
     for row in metrics["rows"]:
         figures = [f"{number(row[name])} ± {number(row[f'{name}_se'])}" for name in shares]
         table.add_row(Text(row["policy"]), row["source"], *(str(row[name]) for name in counts), *figures)
@@ -108,14 +81,14 @@ def print_erasers(metrics: Mapping[str, Any], console: Console) -> None:
     )  # fmt: skip
     shares = ("affected_accuracy", "leak", "unaffected_accuracy", "kl", "top1")
     costs = ("edit_ms_median", "next_step_ms_median", "tokens_recomputed")
-    table = _table("arm", "length", "n", *(name.replace("_", " ") for name in (*shares, *costs)))
+    table = table_of("arm", "length", "n", *(name.replace("_", " ") for name in (*shares, *costs)))
     for row in metrics["rows"]:
         if row["task"] == row["span_length"] == row["depth"] == "all":
             figures = [f"{number(row[name])} ± {number(row[f'{name}_se'])}" for name in shares]
             cells = [str(row["length"]), str(row["n"]), *figures, *(number(row[name]) for name in costs)]
             table.add_row(Text(row["arm"]), *cells)
     console.print(table)
-    table = _table("arm", "n", "retracted answer likelier than a decoy", "retracted value extracted")
+    table = table_of("arm", "n", "retracted answer likelier than a decoy", "retracted value extracted")
     for row in metrics["extraction"]:
         table.add_row(Text(row["arm"]), str(row["n"]), number(row["likelier"]), number(row["extracted"]))
     console.print(table)
@@ -124,39 +97,17 @@ def print_erasers(metrics: Mapping[str, Any], console: Console) -> None:
 def print_repeated(metrics: Mapping[str, Any], console: Console) -> None:
     """Print every arm, mode and number of edits."""
     names = ("affected_accuracy", "leak", "unaffected_accuracy", "kl", "top1")
-    table = _table("arm", "mode", "edits", "n", *(name.replace("_", " ") for name in names), "edits, ms")
+    table = table_of("arm", "mode", "edits", "n", *(name.replace("_", " ") for name in names), "edits, ms")
     for row in metrics["rows"]:
         figures = [f"{number(row[name])} ± {number(row[f'{name}_se'])}" for name in names]
         table.add_row(Text(row["arm"]), row["mode"], str(row["edits"]), str(row["n"]), *figures, number(row["edit_ms"]))
     console.print(table)
 
 
-def print_latency(document: Mapping[str, Any], console: Console) -> None:
-    """Print every arm at every length and depth, and how its cost grows."""
-    table = _table("arm", "depth", "context", "edit, ms", "times as fast as recompute")
-    for row in document["rows"]:
-        cells = (number(row["depth"]), str(row["context"]), number(row["edit_ms"]), number(row["speedup"]))
-        table.add_row(Text(row["arm"]), *cells)
-    console.print(table)
-    table = _table("arm", "depth", "longest over shortest")
-    for row in document["growth"]:
-        table.add_row(Text(row["arm"]), number(row["depth"]), number(row["growth"]))
-    console.print(table)
-
-
-def print_shared(document: Mapping[str, Any], console: Console) -> None:
-    """Print what the edit cost the first thread and the others."""
-    names = ("first_ms", "next_ms_median", "all_ms", "tokens_written_first", "tokens_written_all", "tokens_in_use")
-    table = _table("arm", *(name.replace("_", " ") for name in names))
-    for arm, row in document["arms"].items():
-        table.add_row(Text(arm), *(number(row[name]) for name in names))
-    console.print(table)
-
-
 def print_cascade(metrics: Mapping[str, Any], console: Console) -> None:
     """Print what is right and what is still given, by arm and cascade."""
     names = ("n", "affected_accuracy", "leak", "unaffected_accuracy", "derived", "quote_found")
-    table = _table("arm", "cascade", *(name.replace("_", " ") for name in names))
+    table = table_of("arm", "cascade", *(name.replace("_", " ") for name in names))
     for row in metrics["rows"]:
         table.add_row(Text(row["arm"]), row["cascade"], *(number(row[name]) for name in names))
     console.print(table)
@@ -190,7 +141,7 @@ def _print_shares(
     console: Console, rows: Iterable[Mapping[str, Any]], shares: Sequence[str], others: Sequence[str]
 ) -> None:
     """Print rows over all tasks, and those of the task that is not among them; shares with their errors."""
-    table = _table("arm", "task", "windows", "n", *(name.replace("_", " ") for name in (*shares, *others)))
+    table = table_of("arm", "task", "windows", "n", *(name.replace("_", " ") for name in (*shares, *others)))
     for row in rows:
         if row["task"] in (ALL, _APART):
             figures = [f"{number(row[name])} ± {number(row[f'{name}_se'])}" for name in shares]
@@ -200,46 +151,17 @@ def _print_shares(
     console.print(table)
 
 
-def print_heal(document: Mapping[str, Any], console: Console) -> None:
-    """Print the next token by arm, what healing took and changed, and the overhead of a session."""
-    table = _table("tokens", "off, ms", "on", "busy", "healed, ms", "tokens", "KL steered", "KL healed, most")
-    for row in document["rows"]:
-        ratio, cells = row["ratio"], ("healed_ms", "healed_tokens", "kl_steered", "kl_healed_max")
-        first = (number(row["first_token_ms"]["off"]), *(f"{ratio[arm]:.3f}x" for arm in ("on", "busy")))
-        table.add_row(str(row["context"]), *first, *(number(row[cell]) for cell in cells))
-    console.print(table)
-    cost = document["overhead"]
-    console.print(
-        f"An ordinary step at {cost['tokens']} tokens: {number(cost['bare_ms'])} ms without a session, "
-        f"{number(cost['overhead_ms'])} ms more with one."
-    )
-
-
-def print_sglang(document: Mapping[str, Any], console: Console) -> None:
-    """Print the next step after a withdrawal by length and arm, and what ordinary traffic pays."""
-    table = _table("tokens", "arm", "first token, ms", "withdrawal, ms", "times as fast as plain")
-    for length, arms in document["ttft_ms"].items():
-        for arm, first in arms.items():
-            edit, speedup = (document[name][length][arm] for name in ("edit_ms", "speedup_vs_plain"))
-            table.add_row(length, Text(arm), number(first), number(edit), number(speedup))
-    console.print(table)
-    ratio = document["ordinary_traffic_ratio"]
-    low, middle, high = (number(ratio[name]) for name in ("min", "median", "max"))
-    console.print(f"Ordinary traffic with the plugin: {middle} of the speed without it ({low} to {high}).")
-    costs = ", ".join(f"{number(ms)} ms at {n}" for n, ms in document["ledger_hook_ms"].items())
-    console.print(f"Arrival of a request by retractions of its thread: {costs}.")
-
-
 def print_parts(kind: str, parts: Iterable[Mapping[str, Any]], console: Console) -> None:
     """Print what a registry holds: `{"name", "summary", "parameters": {name: default}}`."""
-    table = _table(kind, "what it does", "parameters", numbers=False)
+    table = table_of(kind, "what it does", "parameters", numbers=False)
     for part in parts:
         parameters = ", ".join(f"{name}={value}" for name, value in part["parameters"].items())
         table.add_row(Text(part["name"]), Text(part["summary"]), Text(parameters))
     console.print(table)
 
 
-def _table(first: str, *others: str, numbers: bool = True) -> Table:
+def table_of(first: str, *others: str, numbers: bool = True) -> Table:
+    """Return an empty table with these columns."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column(first, no_wrap=True)
     for name in others:

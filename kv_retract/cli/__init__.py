@@ -10,6 +10,7 @@ from rich.console import Console
 
 from ..errors import KVRetractError
 from . import audit, lists, make, measure
+from . import bench as timing
 from . import evaluate as quality
 from .interrupts import sure_interrupts
 from .serve import serve
@@ -40,11 +41,11 @@ app.command(context_settings={"allow_extra_args": True})(serve)
 for group, name in ((bench, "bench"), (evaluate, "eval"), (train, "train")):
     app.add_typer(group, name=name)
 app.add_typer(audit.app, name="audit")
-bench.command("edit")(measure.bench_edit)
-bench.command("latency")(measure.bench_latency)
-bench.command("shared")(measure.bench_shared)
-bench.command("heal")(measure.bench_heal)
-bench.command("sglang")(measure.bench_sglang)
+bench.command("edit")(timing.edit)
+bench.command("latency")(timing.latency)
+bench.command("shared")(timing.shared)
+bench.command("heal")(timing.heal)
+bench.command("sglang")(timing.sglang)
 evaluate.command("reference")(quality.eval_reference)
 evaluate.command("erasers")(quality.eval_erasers)
 evaluate.command("repeated")(quality.eval_repeated)

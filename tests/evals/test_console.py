@@ -5,15 +5,13 @@ import pytest
 from rich.console import Console
 
 from kv_retract.evals.bench import EditBench, bench_edit
+from kv_retract.evals.bench_console import print_bench, print_latency, print_shared
 from kv_retract.evals.console import (
     MAX_PROBLEMS,
-    print_bench,
     print_erasers,
-    print_latency,
     print_parts,
     print_repeated,
     print_replay,
-    print_shared,
 )
 from kv_retract.evals.report import number
 from kv_retract.evals.specs import Spec
