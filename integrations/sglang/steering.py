@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kv_retract.cache.rope import Rotary
+from kv_retract.kernels.rope import Rotary
 from kv_retract.engine.working import fingerprint_of_tensors
 from kv_retract.erasers.kveraser.eraser import KVEraserEraser
 from kv_retract.erasers.kveraser.model import load_net

@@ -21,7 +21,8 @@ from ..types import Interval
 if TYPE_CHECKING:
     import torch
 
-    from .rope import Rotary
+    from ..kernels import HeadMap
+    from ..kernels.rope import Rotary
 
 IntArray = NDArray[np.int64]
 NO_SLOT = -1
@@ -231,6 +232,22 @@ class EditView(ABC):
     @abstractmethod
     def write(self, index: IntArray, k: torch.Tensor, v: torch.Tensor) -> None:
         """Overwrite cached K (rotated for the entries' positions) and V. Shapes as in `read`."""
+
+    def map_states(self, index: IntArray, weights: HeadMap) -> None:
+        """Overwrite cached K and V by a map of themselves, head by head, on keys without rotation.
+
+        By `read` and `write`, unless the engine has a kernel for it.
+
+        Args:
+            index: entries.
+            weights: of the map, on the view's device.
+        """
+        import torch
+
+        from ..kernels.reference import map_rotated
+
+        positions = torch.from_numpy(self.positions()[index]).to(self.device)
+        self.write(index, *map_rotated(*self.read(index), positions, weights, self.rotary))
 
     @abstractmethod
     def recompute(self, index: IntArray) -> None:

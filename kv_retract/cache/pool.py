@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from ..errors import CacheIntegrityError, PoolExhaustedError
+from ..kernels import PagedKV, kernels_for
 from .base import IntArray
 
 
@@ -23,6 +24,8 @@ class PagedKVPool:
 
     Attributes:
         k, v: Shape (num_layers, num_pages * page_size, num_kv_heads, head_dim)
+        paged: the same by layer, for kernels.
+        kernels: of the device.
         refcounts: how often each page is held. Shape: (num_pages,)
     """
 
@@ -50,6 +53,7 @@ class PagedKVPool:
                 f"in {storage[0].dtype}"
             )
         self.k, self.v = storage or tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        self.paged, self.kernels = PagedKV.of(self.k, self.v, page_size), kernels_for(self.k.device)
         self.page_size, self.num_pages = page_size, num_pages
         self.refcounts = np.zeros(num_pages, dtype=np.int64)
         self._free = np.arange(num_pages - 1, -1, -1, dtype=np.int64)  # a stack; its top is at num_free - 1
@@ -112,30 +116,28 @@ class PagedKVPool:
 
     def read(self, slots: IntArray) -> tuple[torch.Tensor, torch.Tensor]:
         """Return copies of K and V. Shape of each: (num_layers, len(slots), num_kv_heads, head_dim)."""
-        where = self._index(slots)
-        return self.k.index_select(1, where), self.v.index_select(1, where)
+        return self.kernels.gather_pages(self.paged, self.index(slots))
 
     def read_layer(self, layer: int, slots: IntArray) -> tuple[torch.Tensor, torch.Tensor]:
         """Return copies of K and V of one layer. Shape of each: (len(slots), num_kv_heads, head_dim)."""
-        where = self._index(slots)
+        where = self.index(slots)
         return self.k[layer].index_select(0, where), self.v[layer].index_select(0, where)
 
     def write(self, slots: IntArray, k: torch.Tensor, v: torch.Tensor) -> None:
         """Overwrite K and V. Shapes as in `read`."""
-        where = self._index(slots)
-        for layer in range(self.k.shape[0]):
-            self.k[layer].index_copy_(0, where, k[layer])
-            self.v[layer].index_copy_(0, where, v[layer])
+        self.kernels.steer_scatter(self.paged, self.index(slots), k, v)
 
     def copy_pages(self, source: IntArray, target: IntArray) -> None:
         """Copy whole pages."""
-        self.write(self.slots_of(target), *self.read(self.slots_of(source)))
+        self.kernels.copy_pages(self.paged, self.index(source), self.index(target))
 
     def wipe(self, slots: IntArray) -> None:
         """Zero K and V of slots."""
-        where = self._index(slots)
-        self.k.index_fill_(1, where, 0)
-        self.v.index_fill_(1, where, 0)
+        self.kernels.wipe(self.paged, self.index(slots))
+
+    def index(self, slots: IntArray) -> torch.Tensor:
+        """Return slots or pages as kernels take them."""
+        return torch.from_numpy(np.ascontiguousarray(slots)).to(self.k.device)
 
     def slots_of(self, pages: IntArray) -> IntArray:
         """Return all slots of pages, in order."""
@@ -152,6 +154,3 @@ class PagedKVPool:
         # A negative number would silently name a page counted from the end.
         if len(pages) and not (pages.min() >= 0 and pages.max() < self.num_pages):
             raise CacheIntegrityError(f"pages must be in [0, {self.num_pages}), got {pages.min()} to {pages.max()}")
-
-    def _index(self, slots: IntArray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(slots)).to(self.k.device)

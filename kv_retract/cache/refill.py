@@ -13,8 +13,8 @@ from typing import Literal
 import numpy as np
 import torch
 
+from ..kernels.rope import Rotary, rotate_keys
 from .base import IntArray
-from .rope import Rotary, rotate_keys
 
 
 @dataclass(frozen=True, slots=True, eq=False)

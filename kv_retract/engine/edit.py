@@ -13,8 +13,9 @@ from ..cache.base import NO_SLOT, EditView, IntArray, ThreadKey
 from ..cache.edit import PathEdit
 from ..cache.keys import is_tombstone
 from ..cache.pool import PagedKVPool
-from ..cache.rope import Rotary, rotate_keys
 from ..errors import SpanError
+from ..kernels import HeadMap
+from ..kernels.rope import Rotary
 from ..types import Interval
 from .working import ModelRunner, WorkingSet
 
@@ -85,13 +86,11 @@ class HFEditView(EditView):
         self._check(index)
         if not len(index):
             return
-        old = torch.from_numpy(self._positions[index])
+        old = self._positions[index]
         self._positions[index] += offset
-        new = torch.from_numpy(self._positions[index])
-        slots = torch.from_numpy(self._path.own(index)).to(self._pool.k.device)
-        for layer in range(self._pool.k.shape[0]):
-            k = self._pool.k[layer]
-            k[slots] = rotate_keys(k[slots], old, new, self.rotary)
+        pool = self._pool
+        slots, old_places, new_places = (pool.index(x) for x in (self._path.own(index), old, self._positions[index]))
+        pool.kernels.gather_rotate(pool.paged, slots, old_places, new_places, self.rotary)
         self.tokens_moved += len(index)
 
     def read(self, index: IntArray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,6 +105,14 @@ class HFEditView(EditView):
         if tuple(k.shape) != expected or tuple(v.shape) != expected:
             raise ValueError(f"K and V must have shape {expected}, got {tuple(k.shape)} and {tuple(v.shape)}")
         self._pool.write(self._path.own(index), k, v)
+        self.tokens_moved += len(index)
+
+    def map_states(self, index: IntArray, weights: HeadMap) -> None:
+        """Map K and V from where they are to where this thread may write."""
+        self._check(index, visible=True)
+        pool = self._pool
+        source, places = pool.index(self._path.slots[index]), pool.index(self._positions[index])
+        pool.kernels.kv_map(pool.paged, source, pool.index(self._path.own(index)), places, weights, self.rotary)
         self.tokens_moved += len(index)
 
     def recompute(self, index: IntArray) -> None:

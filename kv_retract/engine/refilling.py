@@ -12,8 +12,8 @@ from torch.overrides import TorchFunctionMode
 
 from ..cache.base import IntArray
 from ..cache.refill import Look, Pooling
-from ..cache.rope import Rotary
 from ..errors import UnsupportedError
+from ..kernels.rope import Rotary
 from .window_store import Parts, WindowStore
 from .windows import States
 from .working import ModelRunner, WorkingSet

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from ..cache.pool import PagedKVPool
-from ..cache.rope import Rotary, rotate_keys
 from ..errors import UnsupportedModelError
+from ..kernels.rope import Rotary, rotate_keys
 from .base import ModelSpec
 from .working import ModelRunner, StopForwardError, WorkingSet
 

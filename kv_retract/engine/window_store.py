@@ -15,7 +15,7 @@ from ..cache.lease import Lease
 from ..cache.manager import CacheManager
 from ..cache.radix import RadixCache
 from ..cache.refill import Layout, choose
-from ..cache.rope import Rotary
+from ..kernels.rope import Rotary
 from ..landmarks import Landmarks
 from ..types import Interval
 from .base import check_warm, end_of_edit

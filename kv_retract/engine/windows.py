@@ -14,7 +14,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from ..cache.base import IntArray
-from ..cache.rope import Rotary, rotate_keys
+from ..kernels.rope import Rotary, rotate_keys
 from ..landmarks import Landmarks
 from .working import additive_mask, cache_argument_of, logits_argument
 

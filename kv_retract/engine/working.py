@@ -36,14 +36,13 @@ class WorkingSet:
 
     def __init__(self, pool: PagedKVPool, slots: IntArray, *, capacity: int = 0) -> None:
         """Gather the entries of `slots` (NO_SLOT left out) from the pool; `capacity` rows are reserved."""
-        visible = torch.from_numpy(slots[slots != NO_SLOT]).to(pool.k.device)
+        visible = pool.index(slots[slots != NO_SLOT])
         self.length = len(visible)
         layers, _, heads, dim = pool.k.shape
         shape = (layers, max(capacity, self.length), heads, dim)
         self.k, self.v = pool.k.new_empty(shape), pool.v.new_empty(shape)
-        for layer in range(layers):
-            torch.index_select(pool.k[layer], 0, visible, out=self.k[layer, : self.length])
-            torch.index_select(pool.v[layer], 0, visible, out=self.v[layer, : self.length])
+        rows = self.k[:, : self.length], self.v[:, : self.length]
+        pool.kernels.gather_pages(pool.paged, visible, out=rows)
 
     @classmethod
     def of(cls, parts: Sequence[tuple[torch.Tensor, torch.Tensor]], *, capacity: int) -> WorkingSet:

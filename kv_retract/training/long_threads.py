@@ -14,11 +14,11 @@ import torch
 from numpy.typing import NDArray
 
 from ..cache.refill import choose
-from ..cache.rope import Rotary
 from ..engine.bilayer import BiLayer
 from ..engine.refilling import Queries
 from ..engine.windows import EncodedWindow, States, encode_window, joined, run_behind
 from ..errors import UnsupportedModelError
+from ..kernels.rope import Rotary
 from ..landmarks import LandmarkNet
 from .encoding import IntArray
 

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from transformers.cache_utils import DynamicCache
 
-from ..cache.rope import Rotary
 from ..engine.working import additive_mask, cache_argument_of
+from ..kernels.rope import Rotary
 from .edits import EditRow
 
 

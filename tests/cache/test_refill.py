@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kv_retract.cache.refill import Layout, Look, MatchPooling, PlainPooling, choose, landmark_attention
-from kv_retract.cache.rope import Rotary, rotate_keys
+from kv_retract.kernels.rope import Rotary, rotate_keys
 
 # -- choosing -------------------------------------------------------------------------------------------------------
 

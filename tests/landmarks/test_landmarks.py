@@ -9,11 +9,11 @@ import torch
 from transformers import DynamicCache
 
 from kv_retract.cache.refill import Look
-from kv_retract.cache.rope import rotate_keys
 from kv_retract.engine.support import inspect_model
 from kv_retract.engine.windows import States, encode_window
 from kv_retract.engine.working import cache_argument_of
 from kv_retract.errors import LandmarkMismatchError, UnsupportedModelError
+from kv_retract.kernels.rope import rotate_keys
 from kv_retract.landmarks import PooledLandmarks
 from kv_retract.landmarks.config import WEIGHTS
 from kv_retract.landmarks.net import LandmarkNet

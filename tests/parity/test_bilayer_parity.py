@@ -9,9 +9,9 @@ from transformers.cache_utils import DynamicCache
 
 from kv_retract.cache.keys import build_key
 from kv_retract.cache.refill import PlainPooling
-from kv_retract.cache.rope import rotate_keys
 from kv_retract.engine.bilayer import BiLayer, BiLayerEngine
 from kv_retract.engine.hf import HFEngine
+from kv_retract.kernels.rope import rotate_keys
 from kv_retract.landmarks import PooledLandmarks
 from kv_retract.landmarks.net import LandmarkNet
 from kv_retract.testing.models import tiny_model

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from kv_retract.cache.base import ThreadKey
+from kv_retract.cache.base import EditView, ThreadKey
 from kv_retract.cache.keys import KeyEdit, build_key
-from kv_retract.cache.rope import rotate_keys
+from kv_retract.engine.edit import HFEditView
 from kv_retract.engine.hf import HFEngine
 from kv_retract.engine.support import inspect_model
 from kv_retract.engine.working import additive_mask, cache_argument_of, fingerprint_of
@@ -17,6 +17,7 @@ from kv_retract.erasers import KVEraserEraser, MaskEraser, NoneEraser, ShiftEras
 from kv_retract.erasers.kveraser import VARIANTS, KVEraserConfig
 from kv_retract.erasers.kveraser.model import new_net
 from kv_retract.errors import PoolExhaustedError
+from kv_retract.kernels.rope import rotate_keys
 from kv_retract.testing.erasers import SPANS, erase, keys_for, thread_ids
 from kv_retract.testing.models import FAMILIES, tiny_model
 from kv_retract.training.edits import EditRow, Query
@@ -94,6 +95,18 @@ def test_the_cached_path_equals_its_twins(learned, variant, page_size, where):
     assert far_from_unedited(found, engine, ids)
     size = sum(end - start for start, end in spans)
     assert (result.tokens_moved, result.tokens_recomputed) == ((size, 0) if variant == "kv_map" else (0, size))
+
+
+def test_the_map_by_kernel_equals_the_map_by_reading_and_writing(learned, monkeypatch):
+    model, _, eraser = learned("kv_map")
+    ids, engines = thread_ids(), [HFEngine(model, max_tokens=1024) for _ in range(2)]
+    states = []
+    for engine in engines:
+        new, _ = erase(engine, ids, SPANS["several"], eraser)
+        states.append(engine.read_kv(new, 0, len(ids)))
+        monkeypatch.setattr(HFEditView, "map_states", EditView.map_states)  # for the second one
+    for found, wanted in zip(*states, strict=True):
+        assert torch.equal(found, wanted)
 
 
 @each_variant

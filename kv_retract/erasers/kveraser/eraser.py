@@ -70,8 +70,6 @@ class KVEraserEraser(Eraser):
 
     def erase(self, view: EditView) -> None:
         """Write steering states."""
-        import torch
-
         from .model import load_net
 
         self.config.check_base(view.fingerprint)
@@ -80,7 +78,6 @@ class KVEraserEraser(Eraser):
             net = self._nets.setdefault(view.device, load_net(self._folder, view.device))
         if self.variant == "kv_map":
             index = np.concatenate([np.arange(start, end) for start, end in view.spans])
-            positions = torch.from_numpy(view.positions()[index])
-            view.write(index, *net.steer(*view.read(index), positions, view.rotary))
+            view.map_states(index, net.weights)
         else:
             view.reencode(net.attached, sees_suffix=self.variant == "suffix_aware")

@@ -16,11 +16,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn.functional import gelu, linear, rms_norm
+from torch.nn.functional import linear
 
-from ...cache.rope import Rotary, rotate_keys
 from ...errors import EraserMismatchError
 from ...hooks import in_this_thread
+from ...kernels import HeadMap
+from ...kernels.reference import map_rotated, map_states
+from ...kernels.rope import Rotary
 from .config import CONFIG, WEIGHTS, KVEraserConfig, read_eraser_config
 
 
@@ -119,8 +121,7 @@ class AdapterNet(SteeringNet):
 class MapNet(SteeringNet):
     """A map on the cached KV of a span, per layer and KV head, on keys without rotation: no forward pass.
 
-    With `x = [k / rms(k), v / rms(v)]` of one head, `[dk, dv] = W2 gelu(W1 x + b1) + b2`, and the steering states are
-    `k + rms(k) dk` and `v + rms(v) dv`. W2 and b2 begin at zero.
+    See `HeadMap` for what is computed. W2 and b2 begin at zero.
 
     Args:
         config: variant `kv_map`.
@@ -152,6 +153,11 @@ class MapNet(SteeringNet):
         heads, size, _ = weights["w1"].shape
         return cls(config, heads, size // 2)
 
+    @property
+    def weights(self) -> HeadMap:
+        """As kernels take them."""
+        return HeadMap(self.w1, self.b1, self.w2, self.b2)
+
     def forward(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return steering states for cached states.
 
@@ -162,13 +168,7 @@ class MapNet(SteeringNet):
         Returns:
             Keys without rotation, and values; shapes and dtype as given.
         """
-        layers, tokens, heads, dim = k.shape
-        x = torch.cat([rms_norm(k.float(), (dim,)), rms_norm(v.float(), (dim,))], dim=-1)
-        x = x.transpose(1, 2).reshape(layers * heads, tokens, 2 * dim)
-        change = gelu(x @ self.w1 + self.b1) @ self.w2 + self.b2
-        change = change.reshape(layers, heads, tokens, 2 * dim).transpose(1, 2)
-        dk, dv = change.split(dim, dim=-1)
-        return (k + _rms(k) * dk).to(k.dtype), (v + _rms(v) * dv).to(v.dtype)
+        return map_states(k, v, self.weights)
 
     def steer(
         self, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, rotary: Rotary
@@ -184,9 +184,7 @@ class MapNet(SteeringNet):
         Returns:
             Rotated keys, and values.
         """
-        zero = torch.zeros_like(positions)
-        bare, v = self(rotate_keys(k.float(), positions, zero, rotary), v)
-        return rotate_keys(bare, zero, positions, rotary).to(k.dtype), v
+        return map_rotated(k, v, positions, self.weights, rotary)
 
 
 NETS: dict[str, type[SteeringNet]] = {"blind": AdapterNet, "suffix_aware": AdapterNet, "kv_map": MapNet}
@@ -223,7 +221,3 @@ def _linear_layers(model: Any) -> dict[str, nn.Linear]:
 
 def _gated(x: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
     return x if gate is None else torch.where(gate[..., None], x, torch.zeros_like(x))
-
-
-def _rms(x: torch.Tensor) -> torch.Tensor:
-    return x.float().square().mean(-1, keepdim=True).sqrt()

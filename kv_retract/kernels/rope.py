@@ -34,10 +34,22 @@ def rotate_keys(k: torch.Tensor, old: torch.Tensor, new: torch.Tensor, rotary: R
     Returns:
         New tensor of `k`'s shape and dtype; computed in float32.
     """
-    inv_freq = rotary.inv_freq.to(k.device)
-    angle = _angle(new, inv_freq) - _angle(old, inv_freq)  # (num_tokens, rotary_dim / 2), float64
-    cos, sin = angle.cos().float()[:, None], angle.sin().float()[:, None]
-    half = inv_freq.numel()
+    return turn(k, *angles(old, new, rotary, k.device), rotary)
+
+
+def angles(
+    old: torch.Tensor, new: torch.Tensor, rotary: Rotary, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cosine and sine of the turns between positions. Shape of each: (num_tokens, rotary_dim / 2), float32."""
+    inv_freq = rotary.inv_freq.to(device)
+    angle = _angle(new, inv_freq) - _angle(old, inv_freq)  # float64
+    return angle.cos().float(), angle.sin().float()
+
+
+def turn(k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+    """Rotate keys by angles that `angles` made, as `rotate_keys` does."""
+    half = cos.shape[-1]
+    cos, sin = cos[:, None], sin[:, None]
     x = k[..., : 2 * half].float()
     if rotary.interleaved:
         a, b = x[..., 0::2], x[..., 1::2]
