@@ -17,7 +17,7 @@ from ..errors import SpanError
 from ..kernels import HeadMap
 from ..kernels.rope import Rotary
 from ..types import Interval
-from .working import ModelRunner, WorkingSet
+from .working import Buffers, ModelRunner, WorkingSet
 
 
 class HFEditView(EditView):
@@ -29,6 +29,7 @@ class HFEditView(EditView):
         path: its pages, copied on write.
         pool, runner, rotary: of the engine.
         chunk_size: most tokens in one forward pass.
+        buffers: for working sets.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class HFEditView(EditView):
         runner: ModelRunner,
         rotary: Rotary,
         chunk_size: int,
+        buffers: Buffers,
     ) -> None:
         self.spans = tuple(spans)
         self.rotary = rotary
@@ -50,7 +52,8 @@ class HFEditView(EditView):
         self.tokens_moved = 0
         self._ids = key.ids
         self._positions = key.positions.copy()
-        self._path, self._pool, self._runner, self._chunk = path, pool, runner, chunk_size
+        self._path, self._pool, self._runner = path, pool, runner
+        self._chunk, self._buffers = chunk_size, buffers
         self._in_span = np.zeros(self.num_entries, dtype=np.bool_)
         for start, end in self.spans:
             self._in_span[start:end] = True
@@ -120,18 +123,19 @@ class HFEditView(EditView):
         self._check(index, ordinary=True)
         if not len(index):
             return
-        working, rows = self._working()
-        for part in self._chunks(index):
-            self._runner.forward(working, self._ids[part], self._positions[part], rows[part])
-        self._pool.write(self._path.own(index), working.k[:, rows[index]], working.v[:, rows[index]])
+        with self._working(int(index[-1]) + 1) as working:
+            rows = self._rows()
+            for part in self._chunks(index):
+                self._runner.forward(working, self._ids[part], self._positions[part], rows[part])
+            self._pool.write(self._path.own(index), working.k[:, rows[index]], working.v[:, rows[index]])
         self.tokens_recomputed += len(index)
 
     def reencode(self, patch: Callable[[Any], AbstractContextManager[None]], *, sees_suffix: bool) -> None:
         """Overwrite the spans' KV by what a patched model writes."""
-        working, rows = self._working()
-        index = np.flatnonzero(self._in_span)
+        index, rows = np.flatnonzero(self._in_span), self._rows()
         span_rows = torch.from_numpy(rows[index])
-        with patch(self._runner.model):
+        end = self.num_entries if sees_suffix else self.spans[-1][1]
+        with self._working(end) as working, patch(self._runner.model):
             for part in self._chunks(index):
                 visible = None
                 if sees_suffix:
@@ -141,7 +145,7 @@ class HFEditView(EditView):
                     working, self._ids[part], self._positions[part], rows[part], visible=visible,
                     stop_layer=self._runner.num_layers - 1,
                 )  # fmt: skip
-        self._pool.write(self._path.own(index), working.k[:, rows[index]], working.v[:, rows[index]])
+            self._pool.write(self._path.own(index), working.k[:, rows[index]], working.v[:, rows[index]])
         self.tokens_recomputed += len(index)
 
     def deviation(self, index: IntArray, layer: int = 1) -> torch.Tensor:
@@ -149,12 +153,13 @@ class HFEditView(EditView):
         self._check(index, ordinary=True)
         if not 0 <= layer < self._runner.num_layers:
             raise ValueError(f"layer must be in [0, {self._runner.num_layers}), got {layer}")
-        working, rows = self._working()
+        rows = self._rows()
         at = torch.from_numpy(rows[index])
-        before = torch.cat((working.k[layer, at], working.v[layer, at]), dim=-1).float()
-        for part in self._chunks(index):
-            self._runner.forward(working, self._ids[part], self._positions[part], rows[part], stop_layer=layer)
-        after = torch.cat((working.k[layer, at], working.v[layer, at]), dim=-1).float()
+        with self._working(int(index[-1]) + 1 if len(index) else 0) as working:
+            before = torch.cat((working.k[layer, at], working.v[layer, at]), dim=-1).float()
+            for part in self._chunks(index):
+                self._runner.forward(working, self._ids[part], self._positions[part], rows[part], stop_layer=layer)
+            after = torch.cat((working.k[layer, at], working.v[layer, at]), dim=-1).float()
         change = (after - before).flatten(1).norm(dim=1)
         relative: torch.Tensor = change / before.flatten(1).norm(dim=1).clamp_min(1e-12)
         return relative.cpu()
@@ -163,11 +168,14 @@ class HFEditView(EditView):
         """Ask the engine to prefill the rest anew."""
         self.rebuild_asked = True
 
-    def _working(self) -> tuple[WorkingSet, IntArray]:
-        """Gather what is visible now; rows[i] is the row of entry i (meaningless where hidden)."""
-        slots = self._path.slots
-        rows = np.cumsum(slots != NO_SLOT) - 1
-        return WorkingSet(self._pool, slots), rows
+    def _working(self, end: int) -> WorkingSet:
+        """Gather what is visible now of the first `end` entries: no token sees more than those before it."""
+        return WorkingSet(self._pool, self._path.slots[:end], buffers=self._buffers)
+
+    def _rows(self) -> IntArray:
+        """Return the row of each entry in such a working set; meaningless where it is hidden."""
+        rows: IntArray = np.cumsum(self._path.slots != NO_SLOT) - 1
+        return rows
 
     def _chunks(self, index: IntArray) -> list[IntArray]:
         return [index[i : i + self._chunk] for i in range(0, len(index), self._chunk)]

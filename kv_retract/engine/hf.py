@@ -32,7 +32,10 @@ from .decoding import decode
 from .edit import HFEditView
 from .sampling import Sampler
 from .support import inspect_model
-from .working import ModelRunner, WorkingSet
+from .working import Buffers, ModelRunner, WorkingSet
+
+_ANSWER_ROWS = 1024
+"""Most rows that are reserved for an answer before it is decoded; a longer one moves its context now and then."""
 
 
 class HFEngine(LocalEngine):
@@ -77,6 +80,7 @@ class HFEngine(LocalEngine):
             num_pages=max_tokens // page_size, page_size=page_size, dtype=model.dtype, device=self.spec.device,
         )  # fmt: skip
         self._manager = CacheManager(self._pool, RadixCache(page_size=page_size, eviction=eviction))
+        self._buffers = Buffers()
         self.lock = threading.RLock()
 
     def cached(self, key: ThreadKey) -> int:
@@ -89,7 +93,8 @@ class HFEngine(LocalEngine):
         with self.lock:
             lease = self._manager.lease(key.ids, extra_key=key.extra_key)
             try:
-                result, _ = self._prefill(lease, key, num_last)
+                result, working = self._prefill(lease, key, num_last)
+                working.close()
             except BaseException:
                 self._manager.release(lease, keep=lease.num_cached)
                 raise
@@ -103,10 +108,11 @@ class HFEngine(LocalEngine):
         sampler = Sampler(sampling, self.spec.device)
         with self.lock:
             lease = self._manager.lease(key.ids, extra_key=key.extra_key)
-        filled = lease.num_cached
+        filled, working = lease.num_cached, None
         try:
             with self.lock:
-                result, working = self._prefill(lease, key, 1)
+                room = min(sampling.max_tokens, _ANSWER_ROWS)
+                result, working = self._prefill(lease, key, 1, room=room)
                 self._manager.publish(lease)
                 filled = len(key)
 
@@ -124,6 +130,8 @@ class HFEngine(LocalEngine):
         finally:
             with self.lock:
                 self._manager.release(lease, keep=filled)
+                if working is not None:
+                    working.close()
 
     def erase(
         self, key: ThreadKey, spans: Sequence[Interval], eraser: SupportsErase, new_key: ThreadKey
@@ -147,11 +155,13 @@ class HFEngine(LocalEngine):
     def drop(self, key: ThreadKey, start: int) -> int:
         """Forget the exclusive tail."""
         with self.lock:
+            self._buffers.forget()
             return self._manager.drop(key.ids, start, extra_key=key.extra_key)
 
     def purge(self, key: ThreadKey, start: int) -> int:
         """Forget the tail and its branches."""
         with self.lock:
+            self._buffers.forget()
             return self._manager.purge(key.ids, start, extra_key=key.extra_key)
 
     def read_kv(self, key: ThreadKey, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -176,8 +186,8 @@ class HFEngine(LocalEngine):
             if self.cached(key) < end:
                 return None
             slots = self._slots(key, 0, end)
-            working = WorkingSet(self._pool, slots)
-            return strongest_shares(self.runner, working, key, slots, span, entries, chunk_size=self.chunk_size)
+            with WorkingSet(self._pool, slots, buffers=self._buffers) as working:
+                return strongest_shares(self.runner, working, key, slots, span, entries, chunk_size=self.chunk_size)
 
     def check_integrity(self) -> None:
         """Check the conservation laws of pool and tree."""
@@ -194,8 +204,14 @@ class HFEngine(LocalEngine):
         """The cache itself, for benchmarks and tests; hold no lease across calls of the engine."""
         return self._manager
 
-    def _prefill(self, lease: Lease, key: ThreadKey, num_last: int) -> tuple[ExtendResult, WorkingSet]:
-        """Run the uncached part of `key` (and at least `num_last` entries); the new KV is in the lease's slots."""
+    def _prefill(
+        self, lease: Lease, key: ThreadKey, num_last: int, *, room: int = 0
+    ) -> tuple[ExtendResult, WorkingSet]:
+        """Run the uncached part of `key` (and at least `num_last` entries); the new KV is in the lease's slots.
+
+        Returns:
+            What came of it; and the KV of the thread, with `room` rows to decode into.
+        """
         n, cached = len(key), lease.num_cached
         if not 1 <= num_last <= n:
             raise ValueError(f"num_last must be in [1, {n}] for a key of {n} entries, got {num_last}")
@@ -207,7 +223,7 @@ class HFEngine(LocalEngine):
         start = min(cached, n - num_last)
         check_warm(key.ids[start:], start)
         new_slots = self._manager.append(lease, key.ids[cached:]) if cached < n else np.empty(0, np.int64)
-        working = WorkingSet(self._pool, lease.slots[:start], capacity=len(lease.slots))
+        working = WorkingSet(self._pool, lease.slots[:start], capacity=len(lease.slots) + room, buffers=self._buffers)
         rows = working.length + np.arange(n - start)
         logits: list[torch.Tensor] = []
         for at in range(0, n - start, self.chunk_size):
@@ -240,7 +256,7 @@ class HFEngine(LocalEngine):
             self._manager.drop(key.ids, cached, extra_key=key.extra_key)
         old = key.cut(cached)
         with self._manager.open_edit(old.ids, extra_key=key.extra_key, start=first) as path:
-            view = HFEditView(old, spans, path, self._pool, self.runner, self.rotary, self.chunk_size)
+            view = HFEditView(old, spans, path, self._pool, self.runner, self.rotary, self.chunk_size, self._buffers)
             if not (eraser.suffix_free and self._manager.match(new_key.ids, extra_key=key.extra_key) >= spans[-1][1]):
                 eraser.erase(view)
             if not view.rebuild_asked:

@@ -7,6 +7,7 @@ at the end (prefill, decode) or scattered in the middle (erasers that recompute 
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from hashlib import sha256
@@ -24,25 +25,69 @@ class StopForwardError(Exception):
     """Ends a forward pass once the layers of interest have written their KV; never leaves this package."""
 
 
+class Buffers:
+    """Memory of working sets that are done, for the next ones: fresh pages of the system cost more than the gather.
+
+    Keeps the largest. Safe to share between threads.
+    """
+
+    def __init__(self, keep: int = 2) -> None:
+        self._keep, self._kept = keep, list[tuple[torch.Tensor, torch.Tensor]]()
+        self._lock = threading.Lock()
+
+    def take(self, pool: PagedKVPool, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return room for at least so many rows, with what was there. Shape of each: (num_layers, capacity, ...)."""
+        with self._lock:
+            large = [n for n, (k, _) in enumerate(self._kept) if k.shape[1] >= rows]
+            if large:
+                return self._kept.pop(large[0])
+        return pool.paged.empty(rows + rows // 8)  # a thread is a little longer at its next step
+
+    def give(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Take room back."""
+        with self._lock:
+            self._kept = sorted([*self._kept, (k, v)], key=lambda pair: pair[0].shape[1])[-self._keep :]
+
+    def forget(self) -> None:
+        """Give all of it back to the system: what it holds is to be deleted."""
+        with self._lock:
+            self._kept.clear()
+
+
 class WorkingSet:
     """K and V of the visible entries of a thread, in order, with room to grow.
 
-    Rows are visible entries: row r is the r-th entry of the thread that has a slot.
+    Rows are visible entries: row r is the r-th entry of the thread that has a slot. A context manager where it has
+    buffers: leaving it gives its memory back to them.
 
     Attributes:
         k, v: Shape (num_layers, capacity, num_kv_heads, head_dim)
         length: rows in use.
     """
 
-    def __init__(self, pool: PagedKVPool, slots: IntArray, *, capacity: int = 0) -> None:
+    _buffers: Buffers | None = None
+
+    def __init__(
+        self, pool: PagedKVPool, slots: IntArray, *, capacity: int = 0, buffers: Buffers | None = None
+    ) -> None:
         """Gather the entries of `slots` (NO_SLOT left out) from the pool; `capacity` rows are reserved."""
         visible = pool.index(slots[slots != NO_SLOT])
-        self.length = len(visible)
-        layers, _, heads, dim = pool.k.shape
-        shape = (layers, max(capacity, self.length), heads, dim)
-        self.k, self.v = pool.k.new_empty(shape), pool.v.new_empty(shape)
+        self.length, self._buffers = len(visible), buffers
+        self.k, self.v = (buffers or Buffers()).take(pool, max(capacity, self.length))
         rows = self.k[:, : self.length], self.v[:, : self.length]
         pool.kernels.gather_pages(pool.paged, visible, out=rows)
+
+    def close(self) -> None:
+        """Give the memory back; the rows are gone."""
+        if self._buffers is not None:
+            self._buffers.give(self.k, self.v)
+            self._buffers, self.k, self.v = None, self.k[:, :0], self.v[:, :0]
+
+    def __enter__(self) -> WorkingSet:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @classmethod
     def of(cls, parts: Sequence[tuple[torch.Tensor, torch.Tensor]], *, capacity: int) -> WorkingSet:
@@ -98,6 +143,7 @@ class ModelRunner:
     def __init__(self, model: Any) -> None:
         self.model = model
         self._cache_argument = cache_argument_of(model)
+        self._takes_logits = bool(logits_argument(model, 1))
         self.num_layers = int(model.config.num_hidden_layers)
 
     @cached_property
@@ -140,7 +186,8 @@ class ModelRunner:
         where = torch.from_numpy(rows).to(device)
         cache = Cache(layers=[_WorkingLayer(working, i, where, end, stop_layer) for i in range(self.num_layers)])
         kwargs: dict[str, Any] = {self._cache_argument: cache, "use_cache": True}
-        kwargs |= logits_argument(self.model, num_logits)
+        if self._takes_logits:
+            kwargs["logits_to_keep"] = num_logits
         from_start = int(rows[0]) == 0 and end == n
         last_only = n == 1 and int(rows[0]) == end - 1
         if visible is not None or not (from_start or last_only):

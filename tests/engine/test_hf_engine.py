@@ -7,6 +7,7 @@ import torch
 from kv_retract.cache.base import ThreadKey
 from kv_retract.cache.keys import KeyEdit, build_key
 from kv_retract.engine.hf import HFEngine
+from kv_retract.engine.working import WorkingSet
 from kv_retract.errors import PoolExhaustedError, SpanError
 from kv_retract.testing.engines import EngineConformance
 from kv_retract.testing.models import FAMILIES, tiny_model
@@ -117,3 +118,20 @@ def test_errors_name_the_entry_and_the_interval():
     engine.extend(key_of(ids_of(30)))
     with pytest.raises(SpanError, match="30 are"):
         engine.read_kv(key_of(ids_of(40)), 25, 35)
+
+
+def test_an_answer_has_room_and_its_context_is_not_moved(monkeypatch):
+    engine, key = HFEngine(tiny_model(), max_tokens=256), build_key(np.arange(3, 40), ())
+    moved = []
+    monkeypatch.setattr(WorkingSet, "reserve", lambda self, rows: moved.append(rows > self.k.shape[1]))
+    list(engine.generate(key, SamplingParams(max_tokens=20)))
+    assert len(moved) >= 20 and not any(moved)
+
+
+@pytest.mark.parametrize("forget", ["drop", "purge"])
+def test_what_is_forgotten_leaves_the_memory_of_working_sets(forget):
+    engine, key = HFEngine(tiny_model(), max_tokens=256), build_key(np.arange(3, 40), ())
+    engine.extend(key)
+    assert engine._buffers._kept
+    getattr(engine, forget)(key, 5)
+    assert not engine._buffers._kept

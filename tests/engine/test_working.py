@@ -7,7 +7,14 @@ from transformers import DynamicCache
 
 from kv_retract.cache.pool import PagedKVPool
 from kv_retract.engine.support import inspect_model
-from kv_retract.engine.working import ModelRunner, WorkingSet, additive_mask, cache_argument_of, fingerprint_of
+from kv_retract.engine.working import (
+    Buffers,
+    ModelRunner,
+    WorkingSet,
+    additive_mask,
+    cache_argument_of,
+    fingerprint_of,
+)
 from kv_retract.testing.models import FAMILIES, tiny_model
 
 IDS = np.random.default_rng(0).integers(3, 211, 30)
@@ -113,3 +120,47 @@ def test_a_fingerprint_tells_other_weights():
     models = [tiny_model(), changed, permuted, reshaped, tiny_model(seed=1), *others]
     prints = [fingerprint_of(model) for model in models]
     assert len(set(prints)) == len(prints)
+
+
+# -- memory ---------------------------------------------------------------------------------------------------------
+
+
+def small_pool(num_pages=40):
+    pool = PagedKVPool(num_layers=2, num_kv_heads=1, head_dim=4, num_pages=num_pages)
+    pool.write(np.arange(num_pages), *(torch.randn(2, num_pages, 1, 4) for _ in range(2)))
+    return pool
+
+
+def test_memory_that_is_given_back_is_used_again_and_holds_the_new_rows():
+    pool, buffers = small_pool(), Buffers()
+    with WorkingSet(pool, np.arange(30), buffers=buffers) as first:
+        where = first.k.data_ptr()
+    with WorkingSet(pool, np.arange(10, 30), capacity=25, buffers=buffers) as second:
+        assert second.k.data_ptr() == where
+        assert torch.equal(second.k[:, :20], pool.k[:, 10:30])
+        with WorkingSet(pool, np.arange(5), buffers=buffers) as beside:
+            assert beside.k.data_ptr() != where, "two at once have memory of their own"
+
+
+def test_what_is_too_small_is_not_used_and_the_largest_are_kept():
+    pool, buffers = small_pool(), Buffers(keep=1)
+    for rows in (5, 30, 8):
+        WorkingSet(pool, np.arange(rows), buffers=buffers).close()
+    k, _ = buffers.take(pool, 30)
+    assert k.shape[1] >= 30
+    assert buffers.take(pool, 1)[0].shape[1] < 5, "nothing else was kept"
+
+
+def test_a_working_set_that_is_closed_twice_gives_its_memory_once():
+    pool, buffers = small_pool(), Buffers()
+    working = WorkingSet(pool, np.arange(5), buffers=buffers)
+    working.close()
+    working.close()
+    assert buffers.take(pool, 5)[0].data_ptr() != buffers.take(pool, 5)[0].data_ptr()
+
+
+def test_forgotten_memory_is_gone():
+    pool, buffers = small_pool(), Buffers()
+    WorkingSet(pool, np.arange(30), buffers=buffers).close()
+    buffers.forget()
+    assert buffers.take(pool, 1)[0].shape[1] < 30
