@@ -173,6 +173,29 @@ def test_generation_on_one_fork_never_changes_the_other(page_size):
     manager.check_integrity()
 
 
+@pytest.mark.parametrize("page_size", [1, 4])
+def test_forks_keep_what_they_have_in_common_once(page_size):
+    manager = make_manager(num_pages=128, page_size=page_size)
+    lease = manager.lease(ids_of(0))
+    manager.append(lease, ids_of(18))
+    twins = [manager.fork(lease) for _ in range(3)]
+    assert all(np.shares_memory(twin.slots, lease.slots) for twin in twins)
+    before = lease.slots.tolist()
+    for number, twin in enumerate(twins):
+        manager.append(twin, ids_of(6, first=100 * (number + 1)))
+        manager.append(twin, ids_of(1, first=7))
+    assert (lease.ids.tolist(), lease.slots.tolist()) == (list(range(18)), before)
+    ends = [twin.ids[18:].tolist() for twin in twins]
+    assert ends == [[*range(100 * n, 100 * n + 6), 7] for n in (1, 2, 3)]
+    again = manager.fork(twins[0])
+    manager.append(again, ids_of(1, first=9))
+    assert twins[0].ids.tolist() == again.ids[:-1].tolist()
+    manager.check_integrity()
+    for each in (lease, again, *twins):
+        manager.release(each)
+    manager.check_integrity()
+
+
 def test_appending_to_a_cached_path_leaves_the_cached_path_alone():
     manager, ids = make_manager(), ids_of(4)
     store(manager, ids, 1.0)
