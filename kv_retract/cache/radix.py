@@ -5,7 +5,6 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 from itertools import count
-from typing import Any
 
 import numpy as np
 
@@ -14,31 +13,37 @@ from .base import NO_SLOT, IntArray, MatchResult, PrefixCache
 from .evict_policy import evict_policy
 
 _EMPTY: IntArray = np.empty(0, dtype=np.int64)
+_ID_BYTES = _EMPTY.itemsize
 
 
 class Node:
     """An edge of the tree and the node below it."""
 
-    __slots__ = ("ids", "slots", "parent", "children", "lock_ref", "last_access", "hits", "num_slots")
+    __slots__ = ("key", "slots", "parent", "children", "lock_ref", "last_access", "hits", "num_slots")
 
-    def __init__(self, ids: IntArray, slots: IntArray, parent: Node | None, now: int) -> None:
-        self.parent, self.children = parent, dict[Any, Node]()
+    def __init__(self, key: bytes, slots: IntArray, num_slots: int, parent: Node | None, now: int) -> None:
+        self.parent, self.children = parent, dict[bytes, Node]()
         self.lock_ref, self.last_access, self.hits = 0, now, 0
-        self.set(ids, slots)
+        self.set(key, slots, num_slots)
 
-    def set(self, ids: IntArray, slots: IntArray) -> None:
-        """Replace the entries; `num_slots` counts those with KV."""
-        self.ids, self.slots = ids, slots
-        self.num_slots = int(np.count_nonzero(slots != NO_SLOT))
+    def set(self, key: bytes, slots: IntArray, num_slots: int) -> None:
+        """Replace the entries; `key` is their ids, as bytes, and `num_slots` counts those with KV."""
+        self.key, self.slots, self.num_slots = key, slots, num_slots
+
+    @property
+    def ids(self) -> IntArray:
+        """Ids of the entries; not to be written to."""
+        return np.frombuffer(self.key, dtype=np.int64)
 
 
-_NOTHING = Node(_EMPTY, _EMPTY, None, 0)  # the handle of a miss: like a root, it has nothing to lock
+_NOTHING = Node(b"", _EMPTY, 0, None, 0)  # the handle of a miss: like a root, it has nothing to lock
 
 
 class RadixCache(PrefixCache):
     """Prefix index shared by all threads; see `PrefixCache`.
 
-    Comparison is vectorised over node keys; children are found by their first page. Time is a counter, not the clock.
+    Keys are compared as bytes: one memcmp per node, where an array costs more to slice than to read. Children are
+    found by their first page. Time is a counter, not the clock.
 
     Args:
         page_size: lengths are multiples of it.
@@ -48,7 +53,7 @@ class RadixCache(PrefixCache):
     def __init__(self, page_size: int = 1, eviction: str = "lru") -> None:
         if page_size < 1:
             raise ValueError(f"page_size must be at least 1, got {page_size}")
-        self.page_size = page_size
+        self.page_size, self._page_bytes = page_size, page_size * _ID_BYTES
         self._policy = evict_policy(eviction)
         self._clock = 0
         self._roots: dict[str, Node] = {}
@@ -66,7 +71,7 @@ class RadixCache(PrefixCache):
 
     def match_prefix(self, ids: IntArray, *, extra_key: str = "") -> MatchResult:
         """Find the longest indexed prefix."""
-        path = self._walk(ids, extra_key, split=True)
+        path, _ = self._walk(_key(ids), extra_key, split=True)
         self._touch(path)
         slots = np.concatenate([node.slots for node in path]) if path else _EMPTY.copy()
         return MatchResult(slots, path[-1] if path else self._roots.get(extra_key, _NOTHING))
@@ -76,13 +81,14 @@ class RadixCache(PrefixCache):
         if len(ids) != len(slots):
             raise ValueError(f"a path needs one slot per id, got {len(ids)} ids and {len(slots)} slots")
         end = len(ids) // self.page_size * self.page_size
-        path = self._walk(ids[:end], extra_key, split=True)
+        key = _key(ids[:end])
+        path, known = self._walk(key, extra_key, split=True)
         self._touch(path)
-        known = sum(len(node.ids) for node in path)
         if known < end:
             parent = path[-1] if path else self._root(extra_key)
-            node = Node(ids[known:end].copy(), slots[known:end].copy(), parent, self._clock)
-            parent.children[self._child_key(node.ids)] = node
+            new = slots[known:end].copy()
+            node = Node(key[known * _ID_BYTES :], new, _num_slots(new), parent, self._clock)
+            parent.children[self._first_page(node.key)] = node
             self._evictable += node.num_slots
         return known
 
@@ -124,31 +130,26 @@ class RadixCache(PrefixCache):
 
     def exclusive_from(self, ids: IntArray, *, extra_key: str = "", locks: int = 0) -> int:
         """Find where the path stops being shared."""
-        path = self._walk(ids, extra_key, split=False)
-        if not path:
-            return 0
-        start = sum(len(node.ids) for node in path[:-1])
-        common = self._common(path[-1], ids[start:])
-        start += common
-        if common < len(path[-1].ids):
-            return start  # the rest of that node is another branch
+        path, start = self._walk(_key(ids), extra_key, split=False)
+        if start < sum(len(node.slots) for node in path):
+            return start  # the rest of the last node is another branch
         below: Node | None = None
         for node in reversed(path):
             if node.lock_ref > locks or any(child is not below for child in node.children.values()):
                 break
-            start -= len(node.ids)
+            start -= len(node.slots)
             below = node
         return start
 
     def remove_tail(self, ids: IntArray, start: int, *, extra_key: str = "") -> IntArray:
         """Remove what only this path uses, at or after `start`."""
         start = start // self.page_size * self.page_size
-        self._walk(ids[:start], extra_key, split=True)
-        path = self._walk(ids, extra_key, split=True)
-        end = sum(len(node.ids) for node in path)
+        key = _key(ids)
+        self._walk(key[: start * _ID_BYTES], extra_key, split=True)
+        path, end = self._walk(key, extra_key, split=True)
         given = []
         for node in reversed(path):
-            end -= len(node.ids)
+            end -= len(node.slots)
             if end < start or node.children or node.lock_ref:
                 break
             given.append(self._unlink(node))
@@ -157,11 +158,12 @@ class RadixCache(PrefixCache):
     def remove_branches(self, ids: IntArray, start: int, *, extra_key: str = "") -> IntArray:
         """Remove the subtree that the path enters at `start`."""
         start = start // self.page_size * self.page_size
-        above = self._walk(ids[:start], extra_key, split=True)
+        key, at = _key(ids), start * _ID_BYTES
+        above, end = self._walk(key[:at], extra_key, split=True)
         root = above[-1] if above else self._roots.get(extra_key)
-        if root is None or sum(len(node.ids) for node in above) < start or len(ids) - start < self.page_size:
+        if root is None or end < start:
             return _EMPTY.copy()
-        node = root.children.get(self._child_key(ids[start : start + self.page_size]))
+        node = root.children.get(self._first_page(key, at))
         subtree = [] if node is None else [node]
         for found in subtree:  # grows: parents stand before their children
             subtree.extend(found.children.values())
@@ -200,45 +202,46 @@ class RadixCache(PrefixCache):
 
     def _check_node(self, node: Node) -> None:
         parent = node.parent
-        if parent is None or parent.children.get(self._child_key(node.ids)) is not node:
+        if parent is None or parent.children.get(self._first_page(node.key)) is not node:
             raise CacheIntegrityError("a node is not linked from its parent under its first page")
         num_ids, num_slots = len(node.ids), len(node.slots)
         if num_ids == 0 or num_ids % self.page_size or num_ids != num_slots:
             raise CacheIntegrityError(f"a node of {num_ids} ids and {num_slots} slots is not page-aligned")
         if parent.parent is not None and node.lock_ref > parent.lock_ref:
             raise CacheIntegrityError("a node is locked more often than its parent")
-        if node.num_slots != np.count_nonzero(node.slots != NO_SLOT):
+        if node.num_slots != _num_slots(node.slots):
             raise CacheIntegrityError("a node miscounts its slots")
 
     def _root(self, extra_key: str) -> Node:
         if extra_key not in self._roots:
-            self._roots[extra_key] = Node(_EMPTY, _EMPTY, None, 0)
+            self._roots[extra_key] = Node(b"", _EMPTY, 0, None, 0)
         return self._roots[extra_key]
 
-    def _child_key(self, ids: IntArray) -> Any:
-        return int(ids[0]) if self.page_size == 1 else ids[: self.page_size].tobytes()
+    def _first_page(self, key: bytes, at: int = 0) -> bytes:
+        """Return the name of a child whose key begins at a byte; that of no child where less than a page follows."""
+        return key[at : at + self._page_bytes]
 
-    def _walk(self, ids: IntArray, extra_key: str, *, split: bool) -> list[Node]:
-        """Return the nodes of the longest indexed prefix. With `split` the last one ends where the match ends."""
-        root = self._roots.get(extra_key)
+    def _walk(self, key: bytes, extra_key: str, *, split: bool) -> tuple[list[Node], int]:
+        """Return the nodes of the longest indexed prefix and its length.
+
+        With `split` the last node ends where the match ends.
+        """
+        node = self._roots.get(extra_key)
         path: list[Node] = []
-        at, node = 0, root
-        while node is not None and len(ids) - at >= self.page_size:
-            node = node.children.get(self._child_key(ids[at : at + self.page_size]))
-            if node is None:
-                break
-            length = self._common(node, ids[at:])
-            if length < len(node.ids):
-                path.append(self._split(node, length) if split else node)
-                break
+        at, page = 0, self._page_bytes
+        while node is not None and (node := node.children.get(key[at : at + page])) is not None:
+            if not key.startswith(node.key, at):
+                common = self._common(node, key, at)
+                path.append(self._split(node, common) if split else node)
+                return path, at // _ID_BYTES + common
             path.append(node)
-            at += length
-        return path
+            at += len(node.key)
+        return path, at // _ID_BYTES
 
-    def _common(self, node: Node, ids: IntArray) -> int:
-        """Length of the common prefix, page-aligned."""
-        n = min(len(node.ids), len(ids))
-        differs = node.ids[:n] != ids[:n]
+    def _common(self, node: Node, key: bytes, at: int) -> int:
+        """Length of the common prefix of a node and what follows byte `at` of a key, page-aligned."""
+        n = min(len(node.key), len(key) - at) // _ID_BYTES
+        differs = np.frombuffer(node.key, np.int64, n) != np.frombuffer(key, np.int64, n, at)
         first = int(differs.argmax()) if differs.any() else n
         return first // self.page_size * self.page_size
 
@@ -246,12 +249,15 @@ class RadixCache(PrefixCache):
         """Cut a node in two; return the upper part. Handles of the lower part stay valid."""
         parent = node.parent
         assert parent is not None, "a root has no entries to split"
-        upper = Node(node.ids[:length], node.slots[:length], parent, node.last_access)
+        head, tail = node.slots[:length], node.slots[length:]
+        in_head = _num_slots(head) if len(head) < len(tail) else node.num_slots - _num_slots(tail)
+        cut = length * _ID_BYTES
+        upper = Node(node.key[:cut], head, in_head, parent, node.last_access)
         upper.lock_ref, upper.hits = node.lock_ref, node.hits
-        parent.children[self._child_key(upper.ids)] = upper
-        node.set(node.ids[length:], node.slots[length:])
+        parent.children[self._first_page(upper.key)] = upper
+        node.set(node.key[cut:], tail, node.num_slots - in_head)
         node.parent = upper
-        upper.children[self._child_key(node.ids)] = node
+        upper.children[self._first_page(node.key)] = node
         return upper
 
     def _touch(self, path: list[Node]) -> None:
@@ -263,7 +269,7 @@ class RadixCache(PrefixCache):
     def _unlink(self, node: Node) -> IntArray:
         """Take an unlocked leaf out and return its slots."""
         assert node.parent is not None and not node.children and not node.lock_ref, "only free leaves are removed"
-        del node.parent.children[self._child_key(node.ids)]
+        del node.parent.children[self._first_page(node.key)]
         self._evictable -= node.num_slots
         return node.slots
 
@@ -282,3 +288,12 @@ class RadixCache(PrefixCache):
             node = stack.pop()
             yield node
             stack.extend(node.children.values())
+
+
+def _key(ids: IntArray) -> bytes:
+    return np.asarray(ids, dtype=np.int64).tobytes()
+
+
+def _num_slots(slots: IntArray) -> int:
+    """Count the entries with KV."""
+    return int(np.count_nonzero(slots != NO_SLOT))

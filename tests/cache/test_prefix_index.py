@@ -110,8 +110,8 @@ def test_matching_32k_tokens_takes_milliseconds(page_size, num_nodes):
         lambda index, node: setattr(node, "lock_ref", 1),
         lambda index, node: setattr(node, "num_slots", 1),
         lambda index, node: setattr(node, "slots", np.array([3, 3])),
-        lambda index, node: setattr(node, "ids", node.ids[:1]),
-        lambda index, node: setattr(node, "ids", node.ids + 1),
+        lambda index, node: setattr(node, "key", node.ids[:1].tobytes()),
+        lambda index, node: setattr(node, "key", (node.ids + 1).tobytes()),
     ],
 )
 def test_integrity_finds_damage(break_it):
