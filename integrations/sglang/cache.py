@@ -135,8 +135,13 @@ class RetractableRadixCache(UnifiedRadixCache):
         if not nodes:
             return False
         unlocked = self.tree_core.walk_for_kv_canary(unlocked_only=True, swa_resident_only=False).slot_indices
-        own = torch.cat([self.path_device_indices(node.node_id)[node.path_start :] for node in nodes])
+        own = self.slots_of(nodes)
         return not bool(torch.isin(own, unlocked.to(own.dtype)).all())
+
+    def slots_of(self, nodes: Sequence[TreePathNodeInfo]) -> torch.Tensor:
+        """Return the slots of nodes, without those of the nodes above them. Shape: (num_slots,), int64."""
+        none = torch.empty(0, dtype=torch.int64, device=self.device)
+        return torch.cat([none, *(self.path_device_indices(node.node_id)[node.path_start :] for node in nodes)])
 
     def reserve(self, num_slots: int) -> torch.Tensor:
         """Take slots of the pool, evicting where it is full; return them. Shape: (num_slots,).
@@ -153,37 +158,18 @@ class RetractableRadixCache(UnifiedRadixCache):
             raise Refused("no_room", f"the pool has no room for {num_slots} tokens beside what running requests hold")
         return slots
 
-    def detach(self, nodes: Sequence[TreePathNodeInfo]) -> torch.Tensor:
-        """Take unlocked nodes out of the tree, deepest first; return their slots, which the caller now owns."""
-        parts = [torch.empty(0, dtype=torch.int64, device=self.device)]
+    def detach(self, nodes: Sequence[TreePathNodeInfo]) -> None:
+        """Take unlocked nodes out of the tree, deepest first; their slots are now the caller's."""
         for node in nodes:
             self._forget(node.node_id)
             result = self.tree_core.evict_device_leaf(node.node_id, self.is_write_back)
             assert result.backup_kv is None, "caches with a host tier are refused"
-            parts += result.device_frees.pop(ComponentType.FULL, [])
+            result.device_frees.pop(ComponentType.FULL, None)  # else the pool would have them back
             self._apply_eviction_result(result)
-        return torch.cat(parts)
 
     def attach(self, ids: Sequence[int], slots: torch.Tensor, known: int, namespace: Namespace) -> None:
         """Put a path into the tree whose first `known` entries are cached; duplicates of later ones are freed."""
         self.insert(InsertParams(key=_key(ids, namespace), value=slots.to(torch.int64), prev_prefix_len=known))
-
-    def copy_slots(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Copy K and V of slots to others. Shape of each: (num_slots,)."""
-        pool = self.token_to_kv_pool_allocator.get_kvcache()
-        for k, v in zip(pool.k_buffer, pool.v_buffer, strict=True):
-            k[target] = k[source]
-            v[target] = v[source]
-
-    def give_back(self, slots: torch.Tensor) -> int:
-        """Zero slots and return them to the pool, so that no retracted text stays behind; return their number."""
-        if len(slots):
-            pool = self.token_to_kv_pool_allocator.get_kvcache()
-            for k, v in zip(pool.k_buffer, pool.v_buffer, strict=True):
-                k[slots] = 0
-                v[slots] = 0
-            self.token_to_kv_pool_allocator.free(slots)
-        return len(slots)
 
     def _evict_device_leaf(self, node_id: NodeId, tracker: dict[ComponentType, int]) -> Any:
         self._forget(node_id)

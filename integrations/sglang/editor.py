@@ -14,6 +14,7 @@ from kv_retract.types import Interval
 
 from . import api
 from .cache import CachedPath, Namespace, RetractableRadixCache
+from .pool import KVPool
 from .refusal import Refused
 from .steering import Steering
 
@@ -23,11 +24,12 @@ class PathEditor:
 
     Args:
         cache: of the scheduler.
+        kv: what its slots hold.
         steering: the learned eraser; None: there is none.
     """
 
-    def __init__(self, cache: RetractableRadixCache, steering: Steering | None) -> None:
-        self.cache, self.steering = cache, steering
+    def __init__(self, cache: RetractableRadixCache, kv: KVPool, steering: Steering | None) -> None:
+        self.cache, self.kv, self.steering = cache, kv, steering
 
     def edit(
         self,
@@ -68,12 +70,15 @@ class PathEditor:
         if not copy and self.cache.is_locked(below.nodes):
             raise Refused("busy", "a running request holds the path; finish or abort it, then try again")
         path = self.cache.locate(ids, namespace)
-        staged, fresh, counts = self._stage(ids, whole, path, steer=steer, copy=copy)
+        old = self.cache.slots_of(() if copy else below.nodes)
+        staged, fresh, gone, counts = self._stage(ids, whole, path, old, steer=steer, copy=copy)
         try:
-            freed = 0 if copy else self._release(below.nodes, staged)
+            if not copy:
+                self.cache.detach(below.nodes)
         except BaseException:
-            self.cache.give_back(fresh)
+            self._give_back(fresh)
             raise
+        freed = self._give_back(gone)
         self.cache.attach(new_ids, staged, first, namespace)
         return api.EditAnswer(
             tokens_erased=sum(end - start for start, end in whole), slots_freed=freed,
@@ -101,12 +106,12 @@ class PathEditor:
             nodes = self._own_tail(ids, start, namespace)
         if self.cache.is_locked(nodes):
             raise Refused("busy", "a running request holds the path; finish or abort it, then try again")
-        return self.cache.give_back(self.cache.detach(nodes))
+        return self._release(nodes)
 
     def forget(self, extra_key: str) -> int:
         """Forget all that is cached of a thread that no request runs in; return how many slots became free."""
         spaces = self.cache.namespaces_of(extra_key)
-        return sum(self.cache.give_back(self.cache.detach(self.cache.nodes_of(space))) for space in spaces)
+        return sum(self._release(self.cache.nodes_of(space)) for space in spaces)
 
     def _own_tail(self, ids: Sequence[int], start: int, namespace: Namespace) -> Sequence[Any]:
         """Return the nodes of a path past its last fork, deepest first."""
@@ -119,9 +124,20 @@ class PathEditor:
         return tail
 
     def _stage(
-        self, ids: list[int], spans: Sequence[Interval], path: CachedPath, *, steer: bool, copy: bool
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, int]]:
-        """Return the slots of the new path, those of them that are new, and counts; the old path is untouched."""
+        self,
+        ids: list[int],
+        spans: Sequence[Interval],
+        path: CachedPath,
+        old: torch.Tensor,
+        *,
+        steer: bool,
+        copy: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, int]]:
+        """Write a new path beside the old one, which is untouched.
+
+        Returns:
+            The slots of the new path; those of them that are new; those of `old` that it does not use; and counts.
+        """
         written, renewed = np.zeros((2, len(path.slots)), dtype=np.bool_)
         for start, end in spans if steer else ():
             written[start:end] = renewed[start:end] = True
@@ -136,19 +152,28 @@ class PathEditor:
             try:
                 staged = path.slots.clone()
                 staged[index] = fresh.to(staged.dtype)
-                self.cache.copy_slots(path.slots[kept], staged[kept])
+                gone = old[~torch.isin(old, staged)]  # the host waits here, and not once something is in line
+                self.kv.copy(path.slots[kept], staged[kept])
                 counts = {"tokens_recomputed": 0, "tokens_moved": 0}
                 if steer:
                     assert self.steering is not None, "checked by edit"
                     counts = self.steering.write(ids, spans, path.slots, staged)
             except BaseException:
-                self.cache.give_back(fresh)
+                self._give_back(fresh)
                 raise
         finally:
             self.cache.unlock(lock)
-        return staged, fresh, counts
+        return staged, fresh, gone, counts
 
-    def _release(self, nodes: Sequence[Any], staged: torch.Tensor) -> int:
-        """Take the old path out of the tree, but for what the new one uses."""
-        old = self.cache.detach(nodes)
-        return self.cache.give_back(old[~torch.isin(old, staged)])
+    def _release(self, nodes: Sequence[Any]) -> int:
+        """Take nodes out of the tree and give their slots back; return how many that is."""
+        slots = self.cache.slots_of(nodes)
+        self.cache.detach(nodes)
+        return self._give_back(slots)
+
+    def _give_back(self, slots: torch.Tensor) -> int:
+        """Zero slots and return them to the pool, so that no retracted text stays behind; return their number."""
+        self.kv.wipe(slots)
+        if len(slots):
+            self.cache.token_to_kv_pool_allocator.free(slots)
+        return len(slots)

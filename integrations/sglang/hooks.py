@@ -22,6 +22,7 @@ from .cache import Namespace, RetractableRadixCache
 from .config import PluginConfig
 from .editor import PathEditor
 from .peers import Peers, key_of
+from .pool import KVPool
 from .records import SpanLedger
 from .service import SpanService
 
@@ -117,8 +118,9 @@ def _service_of(scheduler: Any) -> SpanService:
 
     config, args, cache = PluginConfig.from_environment(), scheduler.server_args, scheduler.tree_cache
     runner, model = scheduler.tp_worker.model_runner, scheduler.model_config
-    steering = Steering(config.eraser, runner, args.model_path, config.adapters) if config.eraser else None
     pool = cache.token_to_kv_pool_allocator.get_kvcache()
+    kv = KVPool(pool, runner)
+    steering = Steering(config.eraser, runner, kv, args.model_path, config.adapters) if config.eraser else None
     told = {
         "model": str(args.served_model_name or args.model_path), "vocab_size": model.vocab_size,
         "max_positions": model.context_len, "num_layers": len(pool.k_buffer),
@@ -126,7 +128,7 @@ def _service_of(scheduler: Any) -> SpanService:
         "dtype": str(pool.k_buffer[0].dtype).removeprefix("torch."), "device": str(runner.device),
     }  # fmt: skip
     service = SpanService(
-        PathEditor(cache, steering), SpanLedger(config.ledger), told, lambda name: _is_busy(scheduler, name),
+        PathEditor(cache, kv, steering), SpanLedger(config.ledger), told, lambda name: _is_busy(scheduler, name),
         Peers(config.peers, api_key=key_of(args)) if config.peers else None,
     )  # fmt: skip
     if service.peers is not None:

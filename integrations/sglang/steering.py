@@ -13,15 +13,16 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kv_retract.kernels.rope import Rotary
 from kv_retract.engine.working import fingerprint_of_tensors
 from kv_retract.erasers.kveraser.eraser import KVEraserEraser
 from kv_retract.erasers.kveraser.model import load_net
 from kv_retract.errors import EraserMismatchError, UnsupportedError
+from kv_retract.kernels.rope import Rotary
 from kv_retract.types import Interval
 
 from .adapters import ADAPTERS, Adapters
 from .forward import write_kv
+from .pool import KVPool
 
 
 class Steering:
@@ -30,6 +31,7 @@ class Steering:
     Args:
         folder: of the eraser.
         runner: `ModelRunner` of SGLang.
+        kv: its pool.
         model_path: directory of the served model's weights.
         adapters: one of `ADAPTERS`: how adapters are switched on.
 
@@ -39,11 +41,11 @@ class Steering:
         UnsupportedError: the server does not run such adapters, or the eraser has none.
     """
 
-    def __init__(self, folder: str, runner: Any, model_path: str, adapters: str) -> None:
+    def __init__(self, folder: str, runner: Any, kv: KVPool, model_path: str, adapters: str) -> None:
         eraser = KVEraserEraser(path=folder)
         eraser.config.check_base(fingerprint_of_files(model_path))
         self.eraser_id, self.suffix_free, self.variant = eraser.eraser_id, eraser.suffix_free, eraser.variant
-        self._runner, self._net = runner, load_net(Path(folder), str(runner.device))
+        self._runner, self._kv, self._net = runner, kv, load_net(Path(folder), str(runner.device))
         self._rotary = _rotary_of(runner.model)
         self._adapters: Adapters | None = None
         if self.variant != "kv_map":
@@ -67,12 +69,13 @@ class Steering:
         """
         count = sum(end - start for start, end in spans)
         if self._adapters is None:
-            self._map(torch.cat([torch.arange(start, end) for start, end in spans]), slots, staged)
+            index = torch.cat([torch.arange(start, end, device=slots.device) for start, end in spans])
+            self._kv.map(slots[index], staged[index], index, self._net.weights, self._rotary)
             return {"tokens_recomputed": 0, "tokens_moved": count}
         outside = torch.ones(len(slots), dtype=torch.bool)
         for start, end in spans:
             outside[start:end] = False
-        with self._adapters.attached():
+        with self._kv.in_line(), self._adapters.attached():
             for number, (start, end) in enumerate(spans):
                 seen = torch.arange(len(slots)) < start
                 if self.variant == "suffix_aware":
@@ -84,15 +87,6 @@ class Steering:
                     lora_id=self._adapters.lora_id,
                 )  # fmt: skip
         return {"tokens_recomputed": count, "tokens_moved": 0}
-
-    def _map(self, index: torch.Tensor, slots: torch.Tensor, staged: torch.Tensor) -> None:
-        pool = self._runner.token_to_kv_pool
-        old, new = slots[index], staged[index]
-        k, v = (torch.stack([layer[old] for layer in buffer]) for buffer in (pool.k_buffer, pool.v_buffer))
-        k, v = self._net.steer(k, v, index.to(k.device), self._rotary)
-        for buffer, states in ((pool.k_buffer, k), (pool.v_buffer, v)):
-            for layer, part in zip(buffer, states, strict=True):
-                layer[new] = part.to(layer.dtype)
 
 
 def fingerprint_of_files(model_path: str) -> str:
