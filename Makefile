@@ -25,7 +25,30 @@ CASCADES ?= 30
 LENGTHS := --length 256 --length 1024 --length 2048 --length 4096
 # Threads of so many windows, and ways to hold them.
 LONG ?= --times 2 --times 8 --times 32 --n 2 --task facts --task relations --task updates --task preferences --retract --bench
-LATENCY ?= --context 1024 --context 4096 --context 8192 --repeats 10
+# Benchmarks of the kernels, the cache and a step. With DEVICE=cuda, on a machine that has one, the shape is Qwen3-8B's.
+DEVICE ?= cpu
+ifeq ($(DEVICE),cpu)
+BENCH_MODEL ?= reference
+DTYPE ?= float32
+CONTEXTS ?= 1024 2048 4096 8192 16384 32000
+SPANS ?= 128
+BENCH_REPEATS ?= 5
+STEPS ?=
+KERNELS ?= --layers 6 --kv-heads 2 --head-dim 64 --tokens 8192 --tokens 32768
+BENCH ?= evals/results/bench
+else
+BENCH_MODEL ?= random-8b
+DTYPE ?= bfloat16
+CONTEXTS ?= 1024 2048 4096 8192 16384 32768
+SPANS ?= 16 128 1024
+BENCH_REPEATS ?= 20
+STEPS ?= --context 1024 --context 8192 --context 32256
+KERNELS ?= --tokens 8192 --tokens 32768 --tokens 131072
+BENCH ?= evals/results/bench-$(DEVICE)
+endif
+ON := --device $(DEVICE) --dtype $(DTYPE)
+LATENCY = LD_PRELOAD=$(TCMALLOC) $(BIN)/kv-retract bench latency --model $(BENCH_MODEL) $(ON) --span $(1) \
+	$(CONTEXTS:%=--context %) --repeats $(BENCH_REPEATS) --out runs/bench/latency$(2).json --plot runs/bench/latency$(2).svg
 # Where it is installed (Debian: libtcmalloc-minimal4). glibc gives a prefill's memory back while the edit is timed.
 TCMALLOC ?= $(firstword $(wildcard /usr/lib/*/libtcmalloc_minimal.so.4))
 EVAL = $(BIN)/kv-retract eval $(1) $(2) --workers $(WORKERS) --out runs/results/$(3) && \
@@ -86,9 +109,8 @@ type: $(STAMP)  ## check types
 results: $(STAMP) $(SGLANG_STAMP)  ## measure anew what the README's tables show; MORE names the trajectories, LABELLED labelled threads
 	@test -n '$(MORE)' || { echo "name the file of 100 tau-bench trajectories: make results MORE=FILE"; exit 2; }
 	@test -n '$(LABELLED)' || { echo "name the files of evals/agentdojo_traces.py: make results LABELLED='FILE FILE'"; exit 2; }
-	@rm -rf runs/results && $(BIN)/kv-retract bench edit --repeats 9 --out runs/results/bench-edit.json
+	@rm -rf runs/results && $(MAKE) --no-print-directory bench
 	@$(call REPLAY,$(MORE),runs/results/replay)
-	@cp runs/results/bench-edit.json evals/results/
 	@cp runs/results/replay/metrics.json evals/results/replay-tau-bench/
 	@$(call EVAL,reference,--split train --n $(TRACES) $(LENGTHS),reference)
 	@$(call EVAL,reference,--split test --n 3 --length 256 --length 1024,reference-test)
@@ -101,17 +123,24 @@ results: $(STAMP) $(SGLANG_STAMP)  ## measure anew what the README's tables show
 	@$(call EVAL,cascade,--n $(CASCADES),cascade)
 	@$(call EVAL,acre,--split train $(LONG),acre)
 	@$(BIN)/kv-retract bench heal --out runs/results/heal.json && cp runs/results/heal.json evals/results/
-	@LD_PRELOAD=$(TCMALLOC) $(BIN)/kv-retract bench latency $(LATENCY) --out runs/results/latency.json
 	@$(BIN)/kv-retract bench shared --out runs/results/shared.json
 	@$(BIN)/kv-retract bench sglang --venv $(SGLANG_VENV) --repeats 5 --out runs/results/sglang.json
-	@cp runs/results/latency.json runs/results/shared.json runs/results/sglang.json evals/results/
+	@cp runs/results/shared.json runs/results/sglang.json evals/results/
 	@$(MAKE) --no-print-directory tables
 
 tables: $(STAMP)  ## write the tables of the pages from evals/results
 	@$(BIN)/python -m kv_retract.evals.readme README.md evals/results/README.md
 
-bench: $(STAMP)  ## time each eraser's edit of an 8K thread
-	@mkdir -p runs && $(BIN)/kv-retract bench edit --model random-256 --out runs/bench-$(NOW).json
+bench: $(STAMP)  ## check the kernels, then time kernels, edits, a step and the cache; DEVICE=cuda on a GPU
+	@rm -rf runs/bench && mkdir -p runs/bench $(BENCH)
+	@$(BIN)/python -m pytest -q tests/kernels
+	@$(BIN)/kv-retract bench kernels $(ON) $(KERNELS) --out runs/bench/kernels.json
+	@$(BIN)/kv-retract bench memory --out runs/bench/memory.json
+	@$(BIN)/kv-retract bench radix $(addprefix --venv ,$(wildcard $(SGLANG_VENV))) --out runs/bench/radix.json
+	@$(BIN)/kv-retract bench step --model $(BENCH_MODEL) $(ON) $(STEPS) --out runs/bench/step.json
+	@$(BIN)/kv-retract bench edit $(ON) --repeats 9 --out runs/bench/edit.json
+	@$(foreach span,$(SPANS),$(call LATENCY,$(span),$(if $(filter-out $(firstword $(SPANS)),$(span)),-$(span))) &&) true
+	@cp runs/bench/* $(BENCH)/
 
 clean:  ## remove what the other targets made, .venv included
 	@rm -rf $(VENV) .venv-sglang build dist *.egg-info .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache

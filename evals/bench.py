@@ -17,6 +17,7 @@ from kv_retract.erasers import ERASERS, Eraser
 from kv_retract.errors import KVRetractError
 
 from .arms import REFERENCE, clock
+from .floor import Limits, edit_work, measure_limits
 from .machine import describe_machine, versions
 from .progress import Progress, silent
 from .specs import Spec, arm_label
@@ -58,17 +59,23 @@ class EditBench:
 
 
 def bench_edit(
-    settings: EditBench, *, loaded: LoadedModel | None = None, progress: Progress = silent
+    settings: EditBench,
+    *,
+    loaded: LoadedModel | None = None,
+    limits: Limits | None = None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Time edits and return one JSON-able document.
 
-    Each repetition prefills the thread anew for each arm, times `Engine.erase` (which for `recompute` includes the
-    prefill of the suffix), then the next step: the prefill of `NEXT_TOKENS` new tokens up to the logits of the next
-    one. The order of the arms turns with every repetition; the first one warms up and is not counted.
+    The thread is prefilled once and put back, as it was, before each edit. Timed are `Engine.erase` (which for
+    `recompute` includes the prefill of the suffix), then the next step: the prefill of `NEXT_TOKENS` new tokens up to
+    the logits of the next one. The order of the arms turns with every repetition; the first one warms up and is not
+    counted. Beside each edit stands the least that it can take (`floor_ms`).
 
     Args:
         settings: what to time.
         loaded: the model, where it is loaded already.
+        limits: of the device, where they are measured already.
         progress: called with edits done and edits in all.
 
     Raises:
@@ -95,7 +102,11 @@ def bench_edit(
     check_positions(loaded, settings.context)
     ids = np.random.default_rng(settings.seed).integers(0, engine.spec.vocab_size, settings.context + NEXT_TOKENS)
     timings = _time_arms(engine, ids, (start, start + settings.span), erasers, settings.repeats, progress)
-    arms = {label: _summary(*times) for label, times in timings.items()}
+    limits = limits or measure_limits(settings.device, loaded.model.dtype)
+    arms = {}
+    for label, times in timings.items():
+        work = edit_work(erasers[label], loaded.model, context=settings.context, span=settings.span, start=start)
+        arms[label] = _summary(*times, work.floor_ms(limits))
     reference = arms[REFERENCE]["edit_ms_median"]
     return {
         "context": settings.context,
@@ -106,6 +117,7 @@ def bench_edit(
         "ratio_to_recompute": {label: arm["edit_ms_median"] / reference for label, arm in arms.items()},
         "fork_page_fraction": fork_page_fraction(engine, ids),
         "match_prefix_ms_32k": match_prefix_ms(MATCH_TOKENS),
+        "limits": asdict(limits),
         "repeats": settings.repeats,
         "next_tokens": NEXT_TOKENS,
         "num_parameters": loaded.model.num_parameters(),
@@ -166,10 +178,11 @@ def _time_arms(
 ) -> dict[str, tuple[list[float], list[float]]]:
     timings: dict[str, tuple[list[float], list[float]]] = {label: ([], []) for label in erasers}
     order, done = list(erasers), 0
+    thread = _Thread(engine, ids[:-NEXT_TOKENS])
     for repeat in range(repeats + 1):
         turn = repeat % len(order)
         for label in order[turn:] + order[:turn]:
-            times = _time_edit(engine, ids, span, erasers[label])
+            times = _time_edit(thread, ids, span, erasers[label])
             if repeat:
                 for kept, milliseconds in zip(timings[label], times, strict=True):
                     kept.append(milliseconds)
@@ -178,15 +191,34 @@ def _time_arms(
     return timings
 
 
-def _time_edit(engine: HFEngine, ids: IntArray, span: tuple[int, int], eraser: Eraser) -> tuple[float, float]:
+class _Thread:
+    """A thread that is prefilled once and can be put into an empty cache again."""
+
+    def __init__(self, engine: HFEngine, ids: IntArray) -> None:
+        self.engine, self.key = engine, build_key(ids, ())
+        engine.extend(self.key)
+        self._states = engine.read_kv(self.key, 0, len(ids))
+        engine.drop(self.key, 0)
+
+    def put_back(self) -> None:
+        """Cache it as a prefill would."""
+        manager = self.engine.manager
+        with self.engine.lock:
+            lease = manager.lease(self.key.ids)
+            manager.pool.write(manager.append(lease, self.key.ids), *self._states)
+            manager.release(lease)
+
+
+def _time_edit(thread: _Thread, ids: IntArray, span: tuple[int, int], eraser: Eraser) -> tuple[float, float]:
     """Return the milliseconds of one edit and of the step after it, on a thread that nobody shares."""
-    thread, device = ids[:-NEXT_TOKENS], engine.spec.device
+    engine, old = thread.engine, thread.key
+    device = engine.spec.device
     edit = KeyEdit(
         start=span[0], end=span[1], exact=eraser.exact, eraser_id=eraser.eraser_id, retraction_id="bench",
         closes_gap=eraser.closes_gap,
     )  # fmt: skip
-    old, new, grown = build_key(thread, ()), build_key(thread, [edit]), build_key(ids, [edit])
-    engine.extend(old)
+    new, grown = (build_key(known, [edit]) for known in (ids[:-NEXT_TOKENS], ids))
+    thread.put_back()
     started = clock(device)
     engine.erase(old, [span], eraser, new)
     edited = clock(device)
@@ -201,11 +233,13 @@ def _forget(engine: HFEngine, key: ThreadKey) -> None:
     assert engine.tokens_in_use() == 0, "every edit is timed on an empty cache"
 
 
-def _summary(edit_ms: Sequence[float], next_step_ms: Sequence[float]) -> dict[str, Any]:
+def _summary(edit_ms: Sequence[float], next_step_ms: Sequence[float], floor_ms: float) -> dict[str, Any]:
     edit = spread(edit_ms)
     assert edit is not None, "there is at least one repetition"
     return {
         "edit_ms_median": edit.median,
         "next_step_ms_median": median(next_step_ms),
         "edit_ms": asdict(edit),
+        "floor_ms": floor_ms,
+        "of_floor": edit.median / floor_ms if floor_ms else None,
     }

@@ -124,6 +124,36 @@ def repeated_plot(rows: Sequence[Mapping[str, Any]]) -> bytes:
     return _svg(draw, height=4.2)
 
 
+PAPER_CONTEXTS = (1024, 32_768)
+PAPER_GROWTH = {"KVEraser": 1.24, "full recomputation": 17.6}
+"""How many times an edit costs at the longest context what it costs at the shortest (KVEraser, arXiv 2606.17034)."""
+
+
+def latency_plot(document: Mapping[str, Any]) -> bytes:
+    """Draw how each edit's cost grows with the thread, at the last depth measured, beside the paper's; an SVG file."""
+
+    def draw(axes: Any) -> None:
+        depth = max(row["depth"] for row in document["rows"])
+        chosen = [row for row in document["rows"] if row["depth"] == depth]
+        for number, arm in enumerate(dict.fromkeys(row["arm"] for row in chosen)):
+            mine = sorted((row["context"], row["edit_ms"]) for row in chosen if row["arm"] == arm)
+            contexts, times = zip(*mine, strict=True)
+            look = {"color": _COLORS[number % len(_COLORS)], "marker": _MARKERS[number % len(_MARKERS)]}
+            label = arm.replace('kveraser:variant="', "kveraser ").rstrip('"')
+            axes.plot(contexts, [ms / times[0] for ms in times], "-", markersize=4, label=label, **look)
+        for (name, growth), style in zip(PAPER_GROWTH.items(), ("--", ":"), strict=True):
+            axes.plot(PAPER_CONTEXTS, (1, growth), style, color="#888888", label=f"paper: {name} (end points)")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        contexts = sorted({row["context"] for row in chosen} | set(PAPER_CONTEXTS))
+        axes.set_xticks(contexts, [f"{context / 1024:g}K" for context in contexts])
+        axes.set_xlabel(f"tokens of the thread; {document['span']} are erased at {depth:.0%} depth")
+        axes.set_ylabel("time of the edit, over that of the shortest thread")
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+
+    return _svg(draw, height=3.8)
+
+
 def _uri(svg: bytes) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(svg).decode("ascii")
 

@@ -16,6 +16,7 @@ from kv_retract.errors import KVRetractError
 from kv_retract.training.families import HELD_OUT
 
 from .acre_tables import acre_table, retraction_table
+from .bench_tables import edit_table, kernels_table, memory_table, radix_table, step_table
 from .eraser_tables import (
     erasers_table,
     extraction_table,
@@ -58,29 +59,6 @@ def _table(name: str, results: Path) -> str:
 
 
 _SHARES = ("recall", "precision", "exact")
-
-
-def _bench_edit(data: Mapping[str, Any]) -> str:
-    lines = [
-        "| eraser | edit, ms (median) | of `recompute` | next step, ms |",
-        "|---|---|---|---|",
-    ]
-    for arm, row in data["arms"].items():
-        share = data["ratio_to_recompute"][arm]
-        lines.append(
-            f"| `{arm}` | {number(row['edit_ms_median'])} | {share:.2%} | {number(row['next_step_ms_median'])} |"
-        )
-    machine = data["machine"]
-    lines += [
-        "",
-        f"Erasing {data['span']} tokens at {data['depth']:.0%} depth of a thread of {data['context']}; model "
-        f"`{data['model']}` ({data['num_parameters'] / 1e6:.1f} M random parameters), {data['dtype']}, "
-        f"{machine['processor']} with {machine['threads']} threads, torch {data['versions']['torch']}; "
-        f"{data['repeats']} repetitions, arms interleaved. A fork that goes on with {data['next_tokens']} own tokens "
-        f"takes {data['fork_page_fraction']:.2%} of the thread's pages; `match_prefix` on a path of 32K tokens "
-        f"takes {number(data['match_prefix_ms_32k'])} ms.",
-    ]
-    return "\n".join(lines) + "\n"
 
 
 def _replay(data: Mapping[str, Any]) -> str:
@@ -221,7 +199,11 @@ def _cascade(data: Mapping[str, Any]) -> str:
 
 
 TABLES: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
-    "bench-edit": ("bench-edit.json", _bench_edit),
+    "bench-edit": ("bench/edit.json", edit_table),
+    "bench-step": ("bench/step.json", step_table),
+    "bench-radix": ("bench/radix.json", radix_table),
+    "bench-kernels": ("bench/kernels.json", kernels_table),
+    "bench-memory": ("bench/memory.json", memory_table),
     "replay": ("replay-tau-bench/metrics.json", _replay),
     "reference": ("reference/metrics.json", _reference),
     "reference-test": ("reference-test/metrics.json", _reference),
@@ -232,7 +214,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "extraction": ("erasers/metrics.json", extraction_table),
     "heal": ("heal.json", _heal),
     "cascade": ("cascade/metrics.json", _cascade),
-    "latency": ("latency.json", latency_table),
+    "latency": ("bench/latency.json", latency_table),
     "policies": ("policies/metrics.json", _policies),
     "repeated": ("repeated/metrics.json", repeated_table),
     "shared": ("shared.json", shared_table),

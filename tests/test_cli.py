@@ -109,7 +109,7 @@ def test_parameters_are_told_with_their_defaults():
     assert policies["tool_error"]["guarantee"] == "steered" and policies["superseded"]["same_arguments"] == "{}"
     assert policies["tool_error"]["error_pattern"].endswith("...")
     assert {part["name"]: part["parameters"] for part in describe(MODELS, hidden={"device", "dtype", "seed"})} == {
-        "random": {}, "random-200m": {}, "random-256": {}, "reference": {}
+        "random": {}, "random-200m": {}, "random-256": {}, "random-8b": {}, "reference": {}
     }  # fmt: skip
 
     def needs(x, y=2):

@@ -32,7 +32,8 @@ class Lease:
         self._tail, self._grown = np.empty((2, 0), dtype=np.int64), 0
 
     def __len__(self) -> int:
-        return self._head.shape[1] + self._grown
+        length: int = self._head.shape[1] + self._grown
+        return length
 
     @property
     def ids(self) -> IntArray:

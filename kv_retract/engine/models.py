@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -57,8 +59,7 @@ def load_model(name_or_path: str, *, device: str = "cpu", dtype: str = "float32"
         ValueError: the dtype is not supported.
     """
     check_device(device)
-    if dtype not in _DTYPES:
-        raise ValueError(f"expected dtype float32 or bfloat16, got {dtype!r}; quantised weights cannot be edited")
+    dtype_of(dtype)
     if name_or_path in MODELS.names():
         return MODELS.create(name_or_path, device=device, dtype=dtype, seed=seed)
     path = Path(name_or_path).expanduser()
@@ -68,6 +69,13 @@ def load_model(name_or_path: str, *, device: str = "cpu", dtype: str = "float32"
             "is downloaded: fetch the model first (`hf download NAME --local-dir DIR`) and pass the directory"
         )
     return _load_directory(path, device, dtype)
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """Return the dtype that is called so; raises ValueError where it is not supported."""
+    if name not in _DTYPES:
+        raise ValueError(f"expected dtype float32 or bfloat16, got {name!r}; quantised weights cannot be edited")
+    return _DTYPES[name]
 
 
 def check_device(device: str) -> None:
@@ -144,9 +152,17 @@ def random_model_200m(*, device: str = "cpu", dtype: str = "float32", seed: int 
     return _random("random-200m", 1024, device, dtype, seed, num_layers=16, num_heads=16, num_kv_heads=8)
 
 
+@MODELS.register("random-8b")
+def random_model_8b(*, device: str = "cpu", dtype: str = "float32", seed: int = 0) -> LoadedModel:
+    """Draw a random model of Qwen3-8B's shape, 7 B parameters without its vocabulary, for timings on a GPU."""
+    return _random(
+        "random-8b", 4096, device, dtype, seed, num_layers=36, num_heads=32, num_kv_heads=8, max_positions=131_072 + 64
+    )
+
+
 def _random(
     name: str, hidden_size: int, device: str, dtype: str, seed: int, *, num_layers: int = 4, num_heads: int = 4,
-    num_kv_heads: int = 2,
+    num_kv_heads: int = 2, max_positions: int = 32_768,
 ) -> LoadedModel:  # fmt: skip
     tokenizer = load_reference_tokenizer()
     shape: dict[str, Any] = dict(
@@ -156,7 +172,7 @@ def _random(
         num_hidden_layers=num_layers,
         num_attention_heads=num_heads,
         num_key_value_heads=num_kv_heads,
-        max_position_embeddings=32_768,
+        max_position_embeddings=max_positions,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         tie_word_embeddings=True,
         # The usual 0.02 gives logits so flat that no edit could show. This makes attention pick single tokens, so that
@@ -167,9 +183,21 @@ def _random(
         pad_token_id=tokenizer.pad_token_id,
         attn_implementation="sdpa",
     )
-    with torch.random.fork_rng(devices=[]):
+    # A large model is drawn where it is to lie: as float32 on the host it would need 28 GB.
+    where, drawn = (device, _DTYPES[dtype]) if num_layers > 16 else ("cpu", torch.float32)
+    with torch.random.fork_rng(devices=[]), torch.device(where), _default_dtype(drawn):
         torch.manual_seed(seed)
         model: Any = Qwen2ForCausalLM(Qwen2Config(**shape))
     return LoadedModel(
         model.to(device=device, dtype=_DTYPES[dtype]).eval(), tokenizer, name, is_random=True, quality_note=_RANDOM_NOTE
     )
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

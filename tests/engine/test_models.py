@@ -99,7 +99,7 @@ def test_a_directory_loads_as_it_was_saved(tmp_path):
 
 def test_a_hub_name_is_refused_with_the_remedy():
     with pytest.raises(
-        UnknownNameError, match=r"random, random-200m, random-256, reference.*'Qwen/Qwen3-0.6B'.*--local-dir"
+        UnknownNameError, match=r"random, random-200m, random-256, random-8b, reference.*'Qwen/Qwen3-0.6B'.*--local-dir"
     ):
         load_model("Qwen/Qwen3-0.6B")
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from kv_retract.evals.metrics import metric_rows
-from kv_retract.evals.plots import cost_plot, divergence_plot, loss_plot, repeated_plot
+from kv_retract.evals.plots import cost_plot, divergence_plot, latency_plot, loss_plot, repeated_plot
 
 ARMS = ["none", "mask", "shift"]
 
@@ -122,3 +122,19 @@ def test_more_arms_than_colors():
     """The results of a long measurement must not be lost over their picture."""
     text = repeated_plot([row for number in range(9) for row in repeated(f"arm {number}", 1, 4)]).decode()
     assert [len(places(text, color)) for color in COLORS] == [10, 10, 5, 5, 5, 5]
+
+
+def test_growth_of_edits_beside_the_papers():
+    rows = [
+        {"context": context, "depth": depth, "arm": arm, "edit_ms": ms}
+        for arm, growth in (("recompute", 8), ('kveraser:variant="kv_map"', 1))
+        for depth, scale in ((0.1, 3), (0.5, 1))
+        for context, ms in ((8192, growth * 5.0 * scale), (1024, 5.0))
+    ]
+    text = latency_plot({"rows": rows, "span": 128}).decode()
+    ET.fromstring(text)
+    recompute, mapped = (places(text, color) for color in COLORS[:2])
+    assert len(recompute) == len(mapped) == 3, "two lengths and the legend"
+    assert recompute[0] == mapped[0] and mapped[1][1] == mapped[0][1], "both begin at 1, and one stays there"
+    assert recompute[1][1] < recompute[0][1], "and the other grows"
+    assert latency_plot({"rows": rows, "span": 128}).decode() == text

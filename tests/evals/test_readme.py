@@ -33,7 +33,8 @@ def test_results_of_the_project_name_no_place():
 @pytest.fixture
 def results(tmp_path, sample_run):
     document = bench_edit(EditBench(context=64, span=8, repeats=1, model="random"))
-    (tmp_path / "bench-edit.json").write_text(dump(document))
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "edit.json").write_text(dump(document))
     (tmp_path / "replay-tau-bench").mkdir()
     (tmp_path / "replay-tau-bench" / "metrics.json").write_text((sample_run[0] / "metrics.json").read_text())
     return tmp_path
@@ -52,10 +53,10 @@ def test_tables_are_replaced_and_the_rest_stays(results):
 
 
 def test_figures_of_the_edit_benchmark(results):
-    data = json.loads((results / "bench-edit.json").read_text())
+    data = json.loads((results / "bench" / "edit.json").read_text())
     _, *cells = rows(with_tables(block("bench-edit"), results))
     assert [cell[0] for cell in cells] == [f"`{arm}`" for arm in data["arms"]]
-    for name, edit, share, step in cells:
+    for name, edit, share, _, step in cells:
         arm = data["arms"][name.strip("`")]
         assert float(edit) == pytest.approx(arm["edit_ms_median"], rel=0.006)
         assert float(step) == pytest.approx(arm["next_step_ms_median"], rel=0.006)
@@ -112,15 +113,16 @@ def test_standard_errors_of_pooled_rows():
 
 
 def test_a_table_that_nobody_knows(results):
-    with pytest.raises(TableError, match="unknown table 'nope'; known: bench-edit, replay"):
+    with pytest.raises(TableError, match="unknown table 'nope'; known: bench-edit, bench-step"):
         with_tables(block("nope"), results)
 
 
 @pytest.mark.parametrize("content", [None, "{", "{}"])
 def test_results_that_are_missing_or_broken(tmp_path, content):
     if content is not None:
-        (tmp_path / "bench-edit.json").write_text(content)
-    with pytest.raises(TableError, match="table 'bench-edit' needs 'bench-edit.json' in .*make results"):
+        (tmp_path / "bench").mkdir()
+        (tmp_path / "bench" / "edit.json").write_text(content)
+    with pytest.raises(TableError, match="table 'bench-edit' needs 'bench/edit.json' in .*make results"):
         with_tables(block("bench-edit"), tmp_path)
 
 

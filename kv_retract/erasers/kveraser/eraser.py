@@ -59,6 +59,16 @@ class KVEraserEraser(Eraser):
             raise EraserMismatchError(f"cannot read the weights in {str(self._folder / WEIGHTS)!r}: {error}") from error
         return f"{self.name}(variant={self.variant!r},weights={digest!r})"
 
+    @cached_property
+    def num_parameters(self) -> int:
+        """Of the weights; reads no more than their shapes."""
+        from math import prod
+
+        from safetensors import safe_open
+
+        with safe_open(self._folder / WEIGHTS, "numpy") as weights:
+            return sum(prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+
     @property
     def suffix_free(self) -> bool:
         """True but for `suffix_aware`."""
