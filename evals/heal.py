@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from kv_retract.audit import AuditLog
 from kv_retract.cache.keys import build_key
 from kv_retract.erasers import ERASERS, Eraser
 from kv_retract.events import Event, Healed, Observer
 from kv_retract.healing import Healing
 from kv_retract.ledger.render import Renderer
 from kv_retract.planner import Planner
-from kv_retract.policies.base import POLICIES, PolicyContext, RetractionPolicy
+from kv_retract.policies.base import PolicyContext, RetractionPolicy
 from kv_retract.session import KVRetractSession
 from kv_retract.types import Divergence, Message, Retraction, SamplingParams
 
 from .bench import check_positions
 from .machine import describe_machine, versions
+from .overhead import measure_overhead
 from .progress import Progress, silent
 from .stats import median
 
@@ -35,17 +31,6 @@ ARMS = ("off", "on", "busy")
 """No healing; healing of the thread itself; and with other threads that are being healed when the step comes."""
 OTHERS = 3
 """Threads that are being healed in the arm `busy`."""
-WATCHED = (
-    "superseded",
-    "tool_error",
-    "contradicted",
-    "repeated_error",
-    "oversized",
-    "user_revoked",
-    "injection",
-    "secret",
-)
-"""Policies of the session whose overhead is measured: all built-in detectors that need no parameters."""
 _THREAD = "t"
 
 
@@ -119,7 +104,9 @@ def bench_heal(settings: HealBench, *, progress: Progress = silent) -> dict[str,
         rows.append(
             _row(settings, eraser, engine, loaded.tokenizer, context, lambda n, at=done: progress(at + n, total))
         )
-    overhead = _overhead(settings, eraser, engine, loaded.tokenizer)
+    overhead = measure_overhead(
+        engine, loaded.tokenizer, _sample(settings.seed, settings.overhead_context), 2 * settings.repeats, eraser=eraser
+    )
     progress(total, total)
     return {
         **asdict(settings), "rows": rows, "overhead": overhead,
@@ -208,44 +195,6 @@ def _steer_other(session: KVRetractSession, sample: CorpusSample, thread_id: str
     messages = [first, *sample.messages[1:], Message("user", "Thank you.")]
     session.engine.extend(session.key(thread_id, messages, tools=sample.tools))  # type: ignore[attr-defined]
     session.retract(thread_id, messages, tools=sample.tools, proposals=[proposal])
-
-
-def _overhead(settings: HealBench, eraser: Eraser, engine: HFEngine, tokenizer: Any) -> dict[str, Any]:
-    """Time the same next step with a session and without one, in turns."""
-    sample = _sample(settings.seed, settings.overhead_context)
-    messages, tools = list(sample.messages), sample.tools
-    bare_renderer, one = Renderer(tokenizer), SamplingParams(max_tokens=1)
-    bare_ms: list[float] = []
-    session_ms: list[float] = []
-    with tempfile.TemporaryDirectory() as folder:
-        session = KVRetractSession(
-            engine, Renderer(tokenizer), eraser=eraser, extra_key="overhead", healing=Healing(),
-            policies=[POLICIES.create(name) for name in WATCHED],
-            ledger=Path(folder) / "ledger.sqlite", observers=[AuditLog(Path(folder) / "audit.jsonl")],
-        )  # fmt: skip
-
-        def bare(asked: Sequence[Message]) -> None:
-            rendering = bare_renderer.render(asked, tools=tools)
-            tokens = engine.generate(build_key(rendering.ids, (), extra_key="bare"), one)
-            with closing(cast(Any, tokens)):
-                next(tokens)
-
-        with session:
-            num_tokens = 0
-            for repeat in range(2 * settings.repeats + 1):
-                asked = [*messages, Message("user", f"And number {repeat}, please?")]
-                for arm in (0, 1) if repeat % 2 else (1, 0):
-                    started = time.perf_counter()
-                    if arm:
-                        num_tokens = session.step(_THREAD, asked, tools=tools, sampling=one).num_prompt_tokens
-                    else:
-                        bare(asked)
-                    if repeat:  # the first one prefills the thread
-                        (session_ms if arm else bare_ms).append((time.perf_counter() - started) * 1e3)
-            assert not session.history(_THREAD), "there was nothing to retract"
-    pairs = [with_ - without for with_, without in zip(session_ms, bare_ms, strict=True)]
-    found = {"bare_ms": median(bare_ms), "session_ms": median(session_ms), "overhead_ms": median(pairs)}
-    return {"tokens": num_tokens, "messages": len(messages), "policies": list(WATCHED), "n": len(pairs), **found}
 
 
 def _sample(seed: int, context: int) -> CorpusSample:

@@ -78,8 +78,15 @@ class ToolCall:
     """JSON text, as in the OpenAI chat format. May be malformed: models write it."""
 
 
+class _Digested:
+    """Room for the digest of what never changes; no field, so that copies and comparisons do not see it."""
+
+    __slots__ = ("_digest",)
+    _digest: str
+
+
 @dataclass(frozen=True, slots=True)
-class Message:
+class Message(_Digested):
     """One chat message in the neutral form; text only."""
 
     role: Role
@@ -95,7 +102,13 @@ class Message:
 
     def digest(self) -> str:
         """SHA-256 over everything the model can read of it; framework message ids do not count."""
-        return _sha256(_canonical(dataclasses.astuple(self)))
+        try:
+            return self._digest
+        except AttributeError:
+            calls = [(call.id, call.name, call.arguments) for call in self.tool_calls]
+            fields = (self.role, self.content, calls, self.tool_call_id, self.name, self.reasoning)
+            object.__setattr__(self, "_digest", _sha256(_canonical(fields)))
+            return self._digest
 
 
 @dataclass(frozen=True, slots=True)

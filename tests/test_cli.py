@@ -62,7 +62,7 @@ def process(*arguments, **kw):
             ("replay",),
             ("--policy", "--arm", "--model", "--out", "--limit", "--json", "--pool-tokens", "--score-tokens"),
         ),
-        (("bench",), ("edit",)),
+        (("bench",), ("edit", "latency", "step", "radix", "memory", "kernels")),
         (("bench", "edit"), ("--context", "--span", "--depth", "--repeats", "--json", "--out")),
         *(((listing,), ("--json",)) for listing in REGISTRIES),
     ],
@@ -183,6 +183,22 @@ def test_bench_writes_and_prints_one_document(kv_retract, tmp_path):
     assert json.loads((tmp_path / "new" / "b.json").read_text()) == json.loads(out)
     code, out, _ = kv_retract("bench", "edit", *sizes)
     assert code == 0 and "Erase 8 of 64 tokens" in out and "\x1b" not in out
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (("memory", "--context", 64, "--forks", 3), "3 forks of 64 tokens"),
+        (("kernels", "--layers", 1, "--kv-heads", 1, "--head-dim", 16, "--tokens", 8, "--repeats", 1), "gather_rotate"),
+        (("radix", "--threads", 20, "--repeats", 1), "kv_retract"),
+        (("step", "--model", "random", "--context", 1024, "--repeats", 1), "all but the model"),
+    ],
+)
+def test_benchmarks_print_a_table_or_a_document(kv_retract, command, told):
+    code, out, err = kv_retract("bench", *command)
+    assert (code, err) == (0, "") and told in out and "\x1b" not in out
+    code, out, err = kv_retract("bench", *command, "--json")
+    assert (code, err) == (0, "") and json.loads(out)["machine"]["device"] == "cpu"
 
 
 # -- what a caller can get wrong ------------------------------------------------------------------------------------

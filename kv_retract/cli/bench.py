@@ -58,6 +58,7 @@ def latency(
     device: Device = "cpu",
     dtype: DtypeOption = Dtype.FLOAT32,
     out: Document = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the growth into this SVG file.")] = None,
     as_json: Json = False,
 ) -> None:
     """Time edits of threads of several lengths: how the cost grows, and how much faster than recomputation it is."""
@@ -73,7 +74,16 @@ def latency(
         span=span, model=model, repeats=repeats, seed=seed, device=device, dtype=dtype.value,
         **{name: value for name, value in given.items() if value},
     )  # fmt: skip
-    _bench(lambda tick: run(settings, progress=tick), print_latency, out, as_json)
+
+    def run_and_draw(tick: Any) -> Any:
+        document = run(settings, progress=tick)
+        if plot is not None:
+            from ..evals.plots import latency_plot
+
+            plot.write_bytes(latency_plot(document))
+        return document
+
+    _bench(run_and_draw, print_latency, out, as_json)
 
 
 def shared(
@@ -130,6 +140,28 @@ def heal(
     _bench(lambda tick: run(settings, progress=tick), print_heal, out, as_json)
 
 
+def step(
+    context: Annotated[
+        list[int] | None, typer.Option(min=1024, help="Tokens of the thread; repeatable. Default: 1024, 8192, 32000.")
+    ] = None,
+    model: Model = "reference",
+    repeats: Repeats = 15,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: DtypeOption = Dtype.FLOAT32,
+    out: Document = None,
+    as_json: Json = False,
+) -> None:
+    """Time a whole agent step, stage by stage: how much of it is not the model, and what a session adds."""
+    from ..evals.bench_console import print_step
+    from ..evals.step import StepBench
+    from ..evals.step import bench_step as run
+
+    contexts = {"contexts": tuple(context)} if context else {}
+    settings = StepBench(model=model, repeats=repeats, seed=seed, device=device, dtype=dtype.value, **contexts)
+    _bench(lambda tick: run(settings, progress=tick), print_step, out, as_json)
+
+
 def sglang(
     venv: Annotated[Path, typer.Option(help="Environment with SGLang and kv-retract.")] = Path(".venv-sglang"),
     length: Annotated[
@@ -152,6 +184,72 @@ def sglang(
     settings = SGLangBench(venv=venv, repeats=repeats, traffic_runs=traffic_runs, seed=seed, **lengths)
     with tempfile.TemporaryDirectory() as logs:
         _bench(lambda tick: run(settings, Path(logs), progress=tick), print_sglang, out, as_json)
+
+
+def radix(
+    venv: Annotated[
+        Path | None, typer.Option(help="Environment with SGLang and kv-retract: its radix caches are timed as well.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads with shared prefixes.")] = 10_000,
+    repeats: Repeats = 5,
+    page: Annotated[int, typer.Option(min=1, help="Tokens per page of the index.")] = 1,
+    seed: Seed = 0,
+    out: Document = None,
+    as_json: Json = False,
+) -> None:
+    """Time the prefix index on the steps of many threads, beside SGLang's radix caches in the same process."""
+    from ..evals.bench_console import print_radix
+    from ..evals.radix import RadixBench
+    from ..evals.radix import bench_radix as run
+
+    settings = RadixBench(threads=threads, repeats=repeats, seed=seed, page=page, venv=venv)
+    _bench(lambda tick: run(settings, progress=tick), print_radix, out, as_json)
+
+
+def kernels(
+    tokens: Annotated[
+        list[int] | None, typer.Option(min=1, help="Tokens that are moved; repeatable. Default: 1024, 8192, 32768.")
+    ] = None,
+    layers: Annotated[int, typer.Option(min=1, help="Of the cache.")] = 36,
+    kv_heads: Annotated[int, typer.Option(min=1, help="Of the cache.")] = 8,
+    head_dim: Annotated[int, typer.Option(min=2, help="Of the cache.")] = 128,
+    page: Annotated[int, typer.Option(min=1, help="Tokens per page.")] = 1,
+    repeats: Repeats = 20,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: DtypeOption = Dtype.FLOAT32,
+    out: Document = None,
+    as_json: Json = False,
+) -> None:
+    """Check each kernel of an edit against its twin, and time it against what a copy of the device reaches."""
+    from ..evals.bench_console import print_kernels
+    from ..evals.kernels import KernelBench
+    from ..evals.kernels import bench_kernels as run
+
+    sizes = {"tokens": tuple(tokens)} if tokens else {}
+    settings = KernelBench(
+        layers=layers, kv_heads=kv_heads, head_dim=head_dim, page_size=page, repeats=repeats, seed=seed, device=device,
+        dtype=dtype.value, **sizes,
+    )  # fmt: skip
+    _bench(lambda tick: run(settings, progress=tick), print_kernels, out, as_json)
+
+
+def memory(
+    context: Annotated[int, typer.Option(min=1, help="Tokens of the thread.")] = 8192,
+    forks: Annotated[int, typer.Option(min=1, help="Forks of it.")] = 1000,
+    own_tokens: Annotated[int, typer.Option(min=1, help="With which every fork goes on.")] = 16,
+    page: Annotated[int, typer.Option(min=1, help="Tokens per page.")] = 1,
+    seed: Seed = 0,
+    out: Document = None,
+    as_json: Json = False,
+) -> None:
+    """Weigh a long thread and its forks: keys and values, and what is kept to find them."""
+    from ..evals.bench_console import print_memory
+    from ..evals.memory import MemoryBench
+    from ..evals.memory import bench_memory as run
+
+    settings = MemoryBench(context=context, forks=forks, own_tokens=own_tokens, page_size=page, seed=seed)
+    _bench(lambda tick: run(settings, progress=tick), print_memory, out, as_json)
 
 
 def _bench(run: Run, show: Print, out: Path | None, as_json: bool) -> None:

@@ -108,13 +108,13 @@ class HFEngine(LocalEngine):
         sampler = Sampler(sampling, self.spec.device)
         with self.lock:
             lease = self._manager.lease(key.ids, extra_key=key.extra_key)
-        filled, working = lease.num_cached, None
+        filled, answer_from, working = lease.num_cached, 0, None
         try:
             with self.lock:
                 room = min(sampling.max_tokens, _ANSWER_ROWS)
                 result, working = self._prefill(lease, key, 1, room=room)
                 self._manager.publish(lease)
-                filled = len(key)
+                filled, answer_from = len(key), working.length
 
             def forward(token: int) -> torch.Tensor:
                 nonlocal filled
@@ -129,9 +129,12 @@ class HFEngine(LocalEngine):
             )  # fmt: skip
         finally:
             with self.lock:
-                self._manager.release(lease, keep=filled)
                 if working is not None:
+                    # Once for the whole answer: nobody else reads its slots before the lease is released.
+                    rows = slice(answer_from, answer_from + max(0, filled - len(key)))
+                    self._pool.write(lease.slots[len(key) : filled], working.k[:, rows], working.v[:, rows])
                     working.close()
+                self._manager.release(lease, keep=filled)
 
     def erase(
         self, key: ThreadKey, spans: Sequence[Interval], eraser: SupportsErase, new_key: ThreadKey
@@ -235,17 +238,17 @@ class HFEngine(LocalEngine):
             assert out is not None, "no stop layer was asked for"
             if wanted:
                 logits.append(out)
-        fresh = rows[cached - start :]
+        fresh = slice(working.length - len(new_slots), working.length)
         self._pool.write(new_slots, working.k[:, fresh], working.v[:, fresh])
         result = ExtendResult(logits=torch.cat(logits), num_cached_tokens=start, num_prefilled_tokens=n - start)
         return result, working
 
     def _decode(self, lease: Lease, working: WorkingSet, token: int, position: int) -> torch.Tensor:
-        slot = self._manager.append(lease, np.array([token]))
-        row = np.array([working.length])
-        logits = self.runner.forward(working, np.array([token]), np.array([position]), row)
+        """Run one token; its KV stays in the working set."""
+        ids = np.array([token])
+        self._manager.append(lease, ids)
+        logits = self.runner.forward(working, ids, np.array([position]), np.array([working.length]))
         assert logits is not None, "no stop layer was asked for"
-        self._pool.write(slot, working.k[:, row], working.v[:, row])
         return logits[0]
 
     def _edit(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,10 @@ from numpy.typing import NDArray
 from ..types import Interval
 
 IntArray = NDArray[np.int64]
+Row = NDArray[np.int32]
+
+_ONE_AT_A_TIME = threading.Lock()
+# Whether special tokens are split is a state of the tokenizer: another thread must not change it between two texts.
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,15 +47,17 @@ class Guard:
     contains; after it, `split` puts the strings back as pieces of their own, to be encoded as plain text.
 
     Args:
-        specials: the special-token strings of a tokenizer.
+        pattern: finds the special-token strings of a tokenizer; see `pattern_of`.
         nonce: letters and digits that no message contains.
     """
 
-    def __init__(self, specials: Sequence[str], nonce: str) -> None:
-        self._pattern = re.compile("|".join(map(re.escape, sorted(specials, key=len, reverse=True))) or r"(?!)")
-        self._nonce = nonce
+    def __init__(self, pattern: re.Pattern[str], nonce: str) -> None:
+        self._pattern, self._nonce = pattern, nonce
         self._numbers: dict[str, int] = {}
-        self._placeholder = re.compile(f"H{nonce}x([0-9]+)h")
+
+    def __len__(self) -> int:
+        """How many different strings it has hidden."""
+        return len(self._numbers)
 
     def hide(self, value: Any) -> Any:
         """Replace them in a text, or in every text of a JSON-like value (keys too)."""
@@ -64,8 +71,10 @@ class Guard:
 
     def split(self, rendered: str) -> list[tuple[str, bool]]:
         """Cut a rendered text into pieces `(text, hostile)`; joined, they are the text as it should be read."""
+        if not self._numbers:
+            return [(rendered, False)] if rendered else []
         found = list(self._numbers)
-        parts = self._placeholder.split(rendered)
+        parts = re.split(f"H{self._nonce}x([0-9]+)h", rendered)
         pieces = [(found[int(part)], True) if i % 2 else (part, False) for i, part in enumerate(parts)]
         return [piece for piece in pieces if piece[0]]
 
@@ -78,6 +87,11 @@ class Guard:
         return f"H{self._nonce}x{number}h"
 
 
+def pattern_of(specials: Iterable[str]) -> re.Pattern[str]:
+    """Return what finds special-token strings in a text, the longest first."""
+    return re.compile("|".join(map(re.escape, sorted(specials, key=len, reverse=True))) or r"(?!)")
+
+
 def special_tokens(tokenizer: Any) -> dict[str, int]:
     """Return every string that the tokenizer reads as a special token, and its id."""
     added = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
@@ -87,21 +101,51 @@ def special_tokens(tokenizer: Any) -> dict[str, int]:
 
 def encode(tokenizer: Any, pieces: Sequence[tuple[str, bool]]) -> Encoding:
     """Tokenise pieces one by one and join them; without hostile pieces this is the tokenizer's own result."""
-    ids, starts, ends = [], [], []
-    at = 0
-    for text, hostile in pieces:
+    rows = [row for text, hostile in pieces for row in encoded(tokenizer, [text], hostile)]
+    return joined(rows, [len(text) for text, _ in pieces])
+
+
+def encoded(tokenizer: Any, texts: Sequence[str], hostile: bool) -> list[Row]:
+    """Tokenise texts, each by itself.
+
+    Args:
+        tokenizer: a fast transformers tokenizer.
+        texts: any number of them.
+        hostile: take nothing in them for a special token.
+
+    Returns:
+        Ids, first characters and ends of the tokens of each. Shape of each: (3, num_tokens)
+    """
+    if not texts:
+        return []
+    with _ONE_AT_A_TIME:
         output = tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=hostile, verbose=False
-        )
-        offsets = np.array(output["offset_mapping"], dtype=np.int64).reshape(-1, 2) + at
-        if len(offsets) and offsets[0, 1] == at:  # a space that begins a text is reported as empty by some
-            offsets[0, 1] = offsets[1, 0] if len(offsets) > 1 else at + len(text)
-        ids.append(np.array(output["input_ids"], dtype=np.int64))
-        starts.append(offsets[:, 0])
-        ends.append(offsets[:, 1])
-        at += len(text)
-    joined = [np.concatenate(parts) if parts else np.empty(0, np.int64) for parts in (ids, starts, ends)]
-    return Encoding(joined[0], *_cover(joined[1], joined[2], at))
+            list(texts), add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=hostile,
+            verbose=False,
+        )  # fmt: skip
+    rows = []
+    for text, ids, offsets in zip(texts, output["input_ids"], output["offset_mapping"], strict=True):
+        row = np.empty((3, len(ids)), np.int32)
+        row[0] = ids
+        row[1:] = np.array(offsets, dtype=np.int32).reshape(-1, 2).T
+        if len(ids) and row[2, 0] == 0:  # a space that begins a text is reported as empty by some
+            row[2, 0] = row[1, 1] if len(ids) > 1 else len(text)
+        rows.append(row)
+    return rows
+
+
+def joined(rows: Sequence[Row], lengths: Sequence[int]) -> Encoding:
+    """Put texts behind each other.
+
+    Args:
+        rows: what `encoded` returns of each.
+        lengths: characters of each.
+    """
+    if not rows:
+        return Encoding(*(np.empty(0, np.int64) for _ in range(3)))
+    ids, starts, ends = np.concatenate(rows, axis=1, dtype=np.int64)
+    ahead = np.repeat(np.cumsum([0, *lengths[:-1]]), [row.shape[1] for row in rows])
+    return Encoding(ids, *_cover(starts + ahead, ends + ahead, sum(lengths)))
 
 
 def _cover(starts: IntArray, ends: IntArray, length: int) -> tuple[IntArray, IntArray]:

@@ -9,23 +9,21 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from hashlib import sha256
 from typing import Any
 
 from ..errors import MessageError, SpanError
 from ..types import Message, SpanRef
-from .encode import Guard, encode, special_tokens
-from .locate import CALLS, Place, Style, arguments_of, locate, mark_call, mark_content, styles_for
+from .encode import Guard, pattern_of, special_tokens
+from .locate import Place, locate, styles_for
 from .located import Located
 from .marks import Marks
+from .prepared import Preparer, Source, Tools, check_added, nonce_of
 from .rendering import Rendering
+from .segments import Encoder
 from .tool_calls import TOOL_CALL_FORMATS, ToolCallFormat, format_for_template
 
 __all__ = ["Renderer", "Rendering"]
-
-Tools = Sequence[Mapping[str, Any]]
 
 
 class Renderer:
@@ -63,6 +61,8 @@ class Renderer:
         self.tokenizer = tokenizer
         self._kwargs = dict(template_kwargs or {})
         self._specials = special_tokens(tokenizer)
+        self._pattern = pattern_of(self._specials)
+        self._preparer, self._encoder = Preparer(self._pattern), Encoder(tokenizer)
         self.tool_calls: ToolCallFormat = (
             TOOL_CALL_FORMATS.create(tool_call_format)
             if tool_call_format
@@ -93,12 +93,13 @@ class Renderer:
             MessageError: there is no message, a text is not valid Unicode, or the template refuses the messages.
         """
         messages, notices = tuple(messages), dict(notices or {})  # the caller's may grow; places are found later
-        # A step asks for the same twice: to plan, and to answer. Lengths tell most others apart.
-        asked = (len(messages), add_generation_prompt, messages, notices, json.dumps(tools, default=str))
+        # A step asks for the same twice: to plan, and to answer. Length and newest message tell most others apart.
+        tools_text = json.dumps(tools, default=str)
+        asked = (len(messages), add_generation_prompt, messages[-1:], messages, notices, tools_text)
         for known, rendering in tuple(self._recent):
             if known == asked:
                 return rendering
-        rendering = self._render(messages, tools, notices, add_generation_prompt)
+        rendering = self._render(messages, tools, tools_text, notices, add_generation_prompt)
         self._recent.append((asked, rendering))
         return rendering
 
@@ -106,14 +107,16 @@ class Renderer:
         self,
         messages: tuple[Message, ...],
         tools: Tools | None,
+        tools_text: str,
         notices: Mapping[int, str],
         add_generation_prompt: bool,
     ) -> Rendering:
-        _check(messages, tools, notices)
-        nonce = _nonce(messages, tools, notices)
-        guard = Guard(list(self._specials), f"{nonce}g")
-        given = guard.hide(list(tools)) if tools else None
-        source = _Source(messages, {i: f"\n\n{guard.hide(text)}" for i, text in notices.items()}, guard)
+        prepared = self._preparer.prepare(messages)
+        check_added(len(messages), tools, tools_text, notices)
+        nonce = nonce_of(prepared, tools_text, notices)
+        guard = Guard(self._pattern, f"{nonce}g")
+        given = self._preparer.tools(tools, tools_text, guard) if tools else None
+        source = Source(messages, prepared, {i: f"\n\n{guard.hide(text)}" for i, text in notices.items()}, guard)
         plain = source.for_template()
         pieces = guard.split(self._apply(plain, given, add_generation_prompt))
         text = "".join(piece for piece, _ in pieces)
@@ -123,7 +126,7 @@ class Renderer:
 
         apply = partial(self._apply, tools=given, add_generation_prompt=add_generation_prompt)
         find_places = partial(_places, text, source, apply, Marks(f"{nonce}m"))
-        return Rendering(messages, text, encode(self.tokenizer, pieces), find_places, text_up_to)
+        return Rendering(messages, text, self._encoder.encode(pieces), find_places, text_up_to)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids without special tokens, those aside with which models write tool calls."""
@@ -131,7 +134,7 @@ class Renderer:
         text: str = self.tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text
 
-    def _apply(self, messages: list[dict[str, Any]], tools: Any, add_generation_prompt: bool) -> str:
+    def _apply(self, messages: list[Mapping[str, Any]], tools: Any, add_generation_prompt: bool) -> str:
         try:
             text: str = self.tokenizer.apply_chat_template(
                 messages, tools=tools, add_generation_prompt=add_generation_prompt, tokenize=False, **self._kwargs
@@ -156,41 +159,8 @@ class Renderer:
         return tuple(sorted(ids | set(behind[:1])))
 
 
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """What is rendered: once as it is, once or more with marks."""
-
-    messages: Sequence[Message]
-    added: Mapping[int, str]
-    """Text behind the contents of messages, hidden already."""
-    guard: Guard
-
-    def for_template(self, style: Style | None = None, marks: Marks | None = None) -> list[dict[str, Any]]:
-        """Return the messages as chat templates expect them."""
-        hide = self.guard.hide
-        dicts = []
-        for i, m in enumerate(self.messages):
-            content = hide(m.content)
-            if style and marks and m.role in style.groups:
-                content = mark_content(m.content, i, style, marks, hide)
-            data: dict[str, Any] = {"role": m.role, "content": content + self.added.get(i, "")}
-            functions = [{"name": hide(c.name), "arguments": hide(arguments_of(c))} for c in m.tool_calls]
-            if style and marks and CALLS in style.groups:
-                for c, function in enumerate(functions):
-                    mark_call(function, i, c, marks)
-            if functions:
-                data["tool_calls"] = [
-                    {"id": hide(call.id), "type": "function", "function": function}
-                    for call, function in zip(m.tool_calls, functions, strict=True)
-                ]
-            optional = {"tool_call_id": m.tool_call_id, "name": m.name, "reasoning_content": m.reasoning or None}
-            data.update({key: hide(value) for key, value in optional.items() if value is not None})
-            dicts.append(data)
-        return dicts
-
-
 def _places(
-    text: str, source: _Source, apply: Callable[[list[dict[str, Any]]], str], marks: Marks
+    text: str, source: Source, apply: Callable[[list[Mapping[str, Any]]], str], marks: Marks
 ) -> dict[Place, Located]:
     """Render with marks until each group of messages came out as without them, and read where they stand."""
     places: dict[Place, Located] = {}
@@ -210,34 +180,3 @@ def _places(
         if number == 0 and done:
             break
     return places
-
-
-def _check(messages: Sequence[Message], tools: Tools | None, notices: Mapping[int, str]) -> None:
-    if not messages:
-        raise MessageError("expected at least one message, got none; begin the thread with a system or user message")
-    for i, m in enumerate(messages):
-        optional = (m.name or "", m.tool_call_id or "")
-        calls = (text for call in m.tool_calls for text in (call.id, call.name, call.arguments))
-        for text in (m.content, m.reasoning, *optional, *calls):
-            _check_unicode(text, f"message {i} ({m.role})")
-    for i, text in notices.items():
-        if not 0 <= i < len(messages):
-            raise MessageError(f"expected notices for messages 0 to {len(messages) - 1}, got one for {i!r}")
-        _check_unicode(text, f"the notice for message {i}")
-    _check_unicode(json.dumps(tools, ensure_ascii=False, default=str), "a tool's description")
-
-
-def _check_unicode(text: str, where: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise MessageError(
-            f"{where} is not valid Unicode: lone surrogate at character {error.start}; pass it through "
-            "text.encode('utf-8', 'replace').decode() first"
-        ) from error
-
-
-def _nonce(messages: Sequence[Message], tools: Tools | None, notices: Mapping[int, str]) -> str:
-    """Hash everything that is rendered: nothing in it can contain the hash."""
-    seed = [json.dumps(tools, default=str), *(m.digest() for m in messages), *(f"{i} {n}" for i, n in notices.items())]
-    return sha256("\0".join(seed).encode()).hexdigest()[:24]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import ClassVar
 
 from ..errors import KVRetractError, PolicyError
 from ..registry import Registry
 from ..types import Cascade, Message, Retraction, RetractionRecord
+from .tool_results import DEFAULT_ERROR_PATTERN, ToolResult, tool_results
 
 POLICIES: Registry[RetractionPolicy] = Registry("policy", "kv_retract.policies")
 register_policy = POLICIES.register
@@ -27,6 +28,16 @@ class PolicyContext:
     """Retractions that apply to these messages already; `span.message` is the index in `messages`."""
     now: datetime | None = None
     """When the step begins, UTC. None where a recorded thread is replayed and nobody knows."""
+    _results: dict[tuple[str, int], tuple[ToolResult, ...]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def tool_results(self, error_pattern: str = DEFAULT_ERROR_PATTERN) -> tuple[ToolResult, ...]:
+        """Return the tool results with their calls; see `tool_results`. All policies of a step share one reading."""
+        key = error_pattern, len(self.messages)
+        if key not in self._results:
+            self._results[key] = tuple(tool_results(self.messages, error_pattern))
+        return self._results[key]
 
     def is_retracted(self, message: int) -> bool:
         """Whether the whole content of a message is taken back already."""

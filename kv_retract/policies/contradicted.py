@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 from ..errors import PolicyError
 from ..types import Guarantee, Retraction, SpanRef
 from .base import PolicyContext, RetractionPolicy, register_policy
-from .json_facts import About, FactReader, agree
+from .json_facts import About, FactReader, agree, fact_reader
 from .json_nodes import locate
 from .superseded import DEFAULT_KEYS
-from .tool_results import DEFAULT_ERROR_PATTERN, ToolResult, any_glob, tool_results
+from .tool_results import DEFAULT_ERROR_PATTERN, ToolResult, any_glob
 
 ENTITY_KEYS = (*DEFAULT_KEYS, "*_number", "*Number", "uuid", "sku", "isbn", "email", "symbol", "ticker")
 """Globs of JSON keys that say which entity an object is about."""
@@ -87,19 +87,14 @@ class ContradictedValue(RetractionPolicy):
 
     def propose(self, ctx: PolicyContext) -> list[Retraction]:
         """Return the contradicted values in the order of the text; the first other value gives the reason."""
-        reader = FactReader(
-            keys=self.keys,
-            qualifiers=self.qualifiers,
-            compare=self.compare,
-            ignore=self.ignore,
-            inherit=self.inherit,
-        )
+        settings = self.keys, self.qualifiers, self.compare, self.ignore
+        reader = fact_reader(*map(tuple, settings), inherit=self.inherit)
         standing: dict[About, tuple[Any, list[ToolResult]]] = {}
         stale: dict[int, dict[About, str]] = {}
-        results = [r for r in tool_results(ctx.messages, self.error_pattern) if self._is_believed(r)]
+        results = [r for r in ctx.tool_results(self.error_pattern) if self._is_believed(r)]
         for result in results:
             content = ctx.messages[result.message].content
-            for about, value in reader.facts(content, result.name, result.arguments).items():
+            for about, value in reader.facts(content, result).items():
                 stands = standing.get(about)
                 if stands is not None and agree(stands[0], value):
                     stands[1].append(result)
@@ -123,7 +118,7 @@ class ContradictedValue(RetractionPolicy):
     ) -> list[tuple[SpanRef, str]]:
         if self.whole:
             return [(SpanRef(result.message), next(iter(reasons.values())))]
-        places = reader.places(content, result.name, result.arguments)
+        places = reader.places(content, result)
         why = {place: reason for about, reason in reasons.items() for place in places[about]}
         spans = zip(locate(content, tuple(why)), why.values(), strict=True)
         return [(SpanRef(result.message, start=start, end=end), reason) for (start, end), reason in sorted(spans)]

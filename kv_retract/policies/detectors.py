@@ -24,8 +24,9 @@ class Found(NamedTuple):
 class Detector(Protocol):
     """Contract: any callable from a text to what it finds there.
 
-    It is asked before every step, again for texts it has seen: the answer must depend on the text only, and should
-    take time that is linear in it. Finds may overlap and come in any order; the caller owns the list.
+    It is asked before every step, for texts it has seen again once they are forgotten: the answer must depend on the
+    text only, and should take time that is linear in it. Finds may overlap and come in any order; the caller owns the
+    list.
     """
 
     def __call__(self, text: str, /) -> Sequence[Found]:

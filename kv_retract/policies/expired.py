@@ -12,7 +12,7 @@ from ..errors import PolicyError
 from ..types import Guarantee, Retraction, SpanRef
 from .base import PolicyContext, RetractionPolicy, register_policy
 from .steps import answers_after
-from .tool_results import ToolResult, any_glob, tool_results
+from .tool_results import ToolResult, any_glob
 
 TIME_KEYS = ("timestamp", "*_timestamp", "as_of", "asOf", "fetched_at", "fetchedAt", "retrieved_at", "retrievedAt",
              "observed_at", "observedAt", "generated_at", "generatedAt", "quoted_at", "quotedAt")  # fmt: skip
@@ -64,7 +64,7 @@ class Expired(RetractionPolicy):
         """Return the expired results in message order, failed ones too."""
         after = answers_after(ctx.messages)
         proposals = []
-        for result in tool_results(ctx.messages):
+        for result in ctx.tool_results():
             reason = self._too_many_steps(result, after[result.message]) or self._too_old(result, ctx)
             if reason:
                 proposals.append(

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, get_args
 
 from ..errors import PolicyError
-from ..types import Guarantee, Message, Retraction, Role, SpanRef
+from ..ledger.recent import remembered
+from ..types import Guarantee, Retraction, Role, SpanRef
 from .base import PolicyContext, RetractionPolicy, register_policy
-from .detectors import Detector, check_share, detect
+from .detectors import Detector, Found, check_share, detect
 from .heuristics import HeuristicInjectionDetector
-from .tool_results import any_glob, tool_results
+from .tool_results import any_glob
 
 _ROLES = get_args(Role)
 
@@ -40,6 +41,7 @@ class InjectedInstruction(RetractionPolicy):
     exclude: Sequence[str] = ()
     """Globs of tool names whose results are trusted."""
     guarantee: Guarantee = Guarantee.STEERED
+    _find: Callable[[str], list[Found]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Accept the guarantee as text; raises PolicyError where a parameter is not what it should be."""
@@ -51,6 +53,9 @@ class InjectedInstruction(RetractionPolicy):
                 f"expected a detector, a callable from text to finds, got a {type(self.detector).__name__}; "
                 "see kv_retract.policies.Detector"
             )
+        detector, least = self.detector, self.min_confidence
+        # A thread only grows: before every step all but its newest texts come again.
+        self._find = remembered(lambda text: detect(detector, text, least))
 
     def propose(self, ctx: PolicyContext) -> list[Retraction]:
         """Return the injected passages in message order.
@@ -58,7 +63,7 @@ class InjectedInstruction(RetractionPolicy):
         Raises:
             PolicyError: the detector returned something else than ranges of the text.
         """
-        trusted = self._trusted(ctx.messages)
+        trusted = self._trusted(ctx)
         return [
             Retraction(
                 span=SpanRef(index, start=find.start, end=find.end),
@@ -69,13 +74,13 @@ class InjectedInstruction(RetractionPolicy):
             )
             for index, message in enumerate(ctx.messages)
             if message.role in self.roles and index not in trusted
-            for find in detect(self.detector, message.content, self.min_confidence)
+            for find in self._find(message.content)
         ]
 
-    def _trusted(self, messages: Sequence[Message]) -> set[int]:
+    def _trusted(self, ctx: PolicyContext) -> set[int]:
         if not self.exclude:
             return set()
-        return {result.message for result in tool_results(messages) if any_glob(result.name, self.exclude)}
+        return {result.message for result in ctx.tool_results() if any_glob(result.name, self.exclude)}
 
 
 def check_roles(roles: Sequence[str]) -> None:

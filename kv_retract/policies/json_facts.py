@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Literal
 
+from ..ledger.recent import MOST_CHARACTERS, Recent
 from .json_nodes import Place
-from .tool_results import any_glob
+from .tool_results import ToolResult, any_glob
 
 Entity = frozenset[tuple[str, str]]
 """Names and values of the keys that say which thing an object is about."""
@@ -17,6 +19,10 @@ Path = tuple[str, ...]
 LONGEST_TEXT = 80
 """Text with more characters is prose, which two sources never word alike: it is no fact."""
 
+_OVERHEAD = 256
+"""What a remembered result, and every fact in it, counts beyond the characters."""
+_MOST_NAMES = 16_384
+"""Names, paths and entities that a reader remembers of each."""
 _Role = Literal["key", "qualifier", "fact"]
 _KINDS: dict[type, str] = {str: "text", bool: "bool", int: "number", float: "number"}
 About = tuple[Entity, Path, str]
@@ -29,7 +35,9 @@ def agree(one: Any, other: Any) -> bool:
 
 
 class FactReader:
-    """Reads facts; remembers which names match which globs and which entities it has met, but no values.
+    """Reads facts; remembers which names match which globs, which entities it has met, and what results said lately.
+
+    Safe to share between threads.
 
     An object with a key of its own is about that entity, within the entities of the objects around it: a line of an
     order is another line in another order. An object without one continues the object around it, but in a list it
@@ -59,18 +67,29 @@ class FactReader:
         self._roles: dict[str, _Role] = {}
         self._read: dict[Path, bool] = {}
         self._entities: dict[Entity, Entity] = {}
+        self._recent: Recent[tuple[str, str, str], Mapping[About, Any]] = Recent(MOST_CHARACTERS)
 
-    def facts(self, content: str, tool: str, arguments: Mapping[str, Any]) -> dict[About, Any]:
+    def facts(self, content: str, result: ToolResult) -> Mapping[About, Any]:
         """Return the values that one result gives, in the order of its text; none where it is not JSON.
 
-        What it says in several ways (two payments by one card) is no fact.
+        What it says in several ways (two payments by one card) is no fact. A thread only grows: what older results say
+        is remembered.
         """
-        walk = _Walk(self, tool, arguments)
-        return walk.said if walk.through(content) else {}
+        if not _may_be_json(content):
+            return {}
+        key = content, result.name, result.raw_arguments
+        [known] = self._recent.find([key])
+        if known is None:
+            self._forget_many()
+            walk = _Walk(self, result.name, result.arguments)
+            known = walk.said if walk.through(content) else {}
+            size = len(content) + len(result.raw_arguments) + _OVERHEAD * (1 + len(known))
+            self._recent.keep([(key, known, size)])
+        return known
 
-    def places(self, content: str, tool: str, arguments: Mapping[str, Any]) -> dict[About, list[Place]]:
+    def places(self, content: str, result: ToolResult) -> dict[About, list[Place]]:
         """Return where the facts of one result stand; apart from `facts`, as few results are ever cut."""
-        walk = _Walk(self, tool, arguments, with_places=True)
+        walk = _Walk(self, result.name, result.arguments, with_places=True)
         return walk.places if walk.through(content) else {}
 
     def role(self, name: str) -> _Role:
@@ -91,6 +110,11 @@ class FactReader:
             wanted = not ignored and any(any_glob(name, self._compare) for name in names)
             self._read[path] = wanted
         return wanted
+
+    def _forget_many(self) -> None:
+        for known in (self._roles, self._read, self._entities):
+            if len(known) > _MOST_NAMES:
+                known.clear()
 
     def same(self, entity: Entity) -> Entity:
         """Return the one object that stands for equal entities."""
@@ -114,7 +138,7 @@ class _Walk:
 
     def through(self, content: str) -> bool:
         """Read the text; False where it is not JSON."""
-        if content.lstrip()[:1] not in ("{", "["):
+        if not _may_be_json(content):
             return False
         try:
             self._inside(json.loads(content), None, None, (), ())
@@ -180,6 +204,23 @@ class _Walk:
             names = {name for name, _ in entity}
             entity = entity.union(pair for pair in self._asked_with if pair[0] not in names)
         return self._reader.same(entity)
+
+
+@lru_cache(maxsize=16)
+def fact_reader(
+    keys: tuple[str, ...],
+    qualifiers: tuple[str, ...],
+    compare: tuple[str, ...],
+    ignore: tuple[str, ...],
+    *,
+    inherit: bool,
+) -> FactReader:
+    """Return the reader of these settings, which others may use too."""
+    return FactReader(keys=keys, qualifiers=qualifiers, compare=compare, ignore=ignore, inherit=inherit)
+
+
+def _may_be_json(content: str) -> bool:
+    return content[:1].lstrip() in ("", "{", "[") and content.lstrip()[:1] in ("{", "[")
 
 
 def _pairs(values: Mapping[str, Any], names: Iterable[str]) -> list[tuple[str, str]]:

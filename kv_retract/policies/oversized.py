@@ -12,7 +12,7 @@ from ..types import Guarantee, Interval, Retraction, SpanRef
 from .base import PolicyContext, RetractionPolicy, register_policy
 from .json_items import item_starts
 from .steps import answers_after
-from .tool_results import any_glob, tool_results
+from .tool_results import any_glob
 
 _REACH = 400
 # How far from the wanted place a border is looked for; a cut inside of a word is better than a much smaller span.
@@ -67,11 +67,12 @@ class Oversized(RetractionPolicy):
 
     def propose(self, ctx: PolicyContext) -> list[Retraction]:
         """Return the middles in message order."""
-        after = answers_after(ctx.messages)
+        long = [r for r in ctx.tool_results() if len(ctx.messages[r.message].content) > self.limit]
+        after = answers_after(ctx.messages) if long else []
         proposals = []
-        for result in tool_results(ctx.messages):
+        for result in long:
             content = ctx.messages[result.message].content
-            if len(content) <= self.limit or after[result.message] < self.keep_steps:
+            if after[result.message] < self.keep_steps:
                 continue
             if any_glob(result.name, self.exclude) or not any_glob(result.name, self.tools):
                 continue

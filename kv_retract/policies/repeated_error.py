@@ -11,7 +11,7 @@ from ..errors import PolicyError
 from ..types import Guarantee, Retraction, SpanRef
 from .base import PolicyContext, RetractionPolicy, register_policy
 from .steps import answers_after
-from .tool_results import DEFAULT_ERROR_PATTERN, ToolResult, any_glob, tool_results
+from .tool_results import DEFAULT_ERROR_PATTERN, ToolResult, any_glob
 
 Alike = Literal["call", "tool"]
 Keep = Literal["newest", "first"]
@@ -67,16 +67,16 @@ class RepeatedError(RetractionPolicy):
     def propose(self, ctx: PolicyContext) -> list[Retraction]:
         """Return the errors that go in message order, each with its call where `include_call`."""
         groups: dict[tuple[str, str, str], list[ToolResult]] = {}
-        for result in tool_results(ctx.messages, self.error_pattern):
+        for result in ctx.tool_results(self.error_pattern):
             if result.failed and result.name and not any_glob(result.name, self.exclude):
                 arguments = result.raw_arguments if self.alike == "call" else ""
                 key = (result.name, arguments, signature(ctx.messages[result.message].content))
                 groups.setdefault(key, []).append(result)
-        after = answers_after(ctx.messages)
+        alike = [group for group in groups.values() if len(group) > self.limit]
+        after = answers_after(ctx.messages) if alike else []
         repeated = [
             (result, len(group))
-            for group in groups.values()
-            if len(group) > self.limit
+            for group in alike
             for result in (group[:-1] if self.keep == "newest" else group[1:])
             if self.keep == "newest" or after[result.message]
         ]

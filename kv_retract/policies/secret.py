@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from functools import lru_cache
 from typing import ClassVar, get_args
 
 from ..errors import PolicyError
+from ..ledger.recent import remembered
 from ..types import Guarantee, Message, Part, Retraction, Role, SpanRef
 from .base import PolicyContext, RetractionPolicy, register_policy
 from .detectors import Detector, Found, check_share, detect, joined
@@ -20,10 +20,6 @@ SECRET_KINDS = tuple(dict.fromkeys(kind.name for kind in KINDS))
 _ON_REQUEST = ("e-mail address", "phone number")
 DEFAULT_SECRET_KINDS = tuple(name for name in SECRET_KINDS if name not in _ON_REQUEST)
 """Those that are looked for unless you choose: an agent often needs addresses and numbers to do its work."""
-
-
-_KEPT = 4096
-"""Texts whose finds are kept."""
 
 
 @dataclass(kw_only=True)
@@ -97,7 +93,7 @@ class ExposedSecret(RetractionPolicy):
     arguments: bool = True
     """Whether the arguments of tool calls are looked at too."""
     guarantee: Guarantee = Guarantee.EXACT
-    _detector: Detector = field(init=False, repr=False, compare=False)
+    _find: Callable[[str], list[Found]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Accept the guarantee as text; raises PolicyError where a parameter is not what it should be."""
@@ -105,7 +101,8 @@ class ExposedSecret(RetractionPolicy):
         check_roles(self.roles)
         check_share("min_confidence", self.min_confidence)
         # A thread only grows: before every step all but its newest texts come again.
-        self._detector = lru_cache(maxsize=_KEPT)(SecretDetector(kinds=self.kinds, allow=self.allow))
+        detectors, least = (SecretDetector(kinds=self.kinds, allow=self.allow), *self.detectors), self.min_confidence
+        self._find = remembered(lambda text: joined(f for found in detectors for f in detect(found, text, least)))
 
     def propose(self, ctx: PolicyContext) -> list[Retraction]:
         """Return the values in message order, contents before arguments.
@@ -124,7 +121,7 @@ class ExposedSecret(RetractionPolicy):
             for index, message in enumerate(ctx.messages)
             if message.role in self.roles
             for part, call, text in self._texts(message)
-            for find in self._finds(text)
+            for find in self._find(text)
         ]
 
     def _texts(self, message: Message) -> Iterator[tuple[Part, int, str]]:
@@ -132,9 +129,3 @@ class ExposedSecret(RetractionPolicy):
         if self.arguments:
             for number, call in enumerate(message.tool_calls):
                 yield "tool_call", number, call.arguments
-
-    def _finds(self, text: str) -> list[Found]:
-        finds = detect(self._detector, text, self.min_confidence)
-        for detector in self.detectors:
-            finds += detect(detector, text, self.min_confidence)
-        return joined(finds)

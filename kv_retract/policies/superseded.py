@@ -9,7 +9,7 @@ from typing import ClassVar, NamedTuple
 from ..types import Guarantee, Message, Retraction, SpanRef
 from .base import PolicyContext, RetractionPolicy, register_policy
 from .entities import OpenReads, entity_pairs
-from .tool_results import DEFAULT_ERROR_PATTERN, ToolResult, any_glob, canonical, tool_results
+from .tool_results import DEFAULT_ERROR_PATTERN, ToolResult, any_glob, canonical
 from .writers import DEFAULT_WRITERS, WriterTable
 
 DEFAULT_READERS = (
@@ -66,6 +66,9 @@ class SupersededToolResult(RetractionPolicy):
     until_read: Sequence[str] = DEFAULT_UNTIL_READ
     error_pattern: str = DEFAULT_ERROR_PATTERN
     guarantee: Guarantee = Guarantee.STEERED
+    _table: tuple[Mapping[str, Sequence[str]], WriterTable] | None = field(
+        default=None, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         """Accept the guarantee as text."""
@@ -73,7 +76,7 @@ class SupersededToolResult(RetractionPolicy):
 
     def propose(self, ctx: PolicyContext) -> list[Retraction]:
         """Return the stale results in message order; the first event that made one stale gives the reason."""
-        results = [r for r in tool_results(ctx.messages, self.error_pattern) if r.name and not r.failed]
+        results = [r for r in ctx.tool_results(self.error_pattern) if r.name and not r.failed]
         first: dict[int, _Event] = {}
         for message, event in self._repeated(results, ctx.messages) + self._written(results):
             first[message] = min(event, first.get(message, event))
@@ -104,9 +107,14 @@ class SupersededToolResult(RetractionPolicy):
                 return canonical([result.arguments.get(name) for name in names])
         return result.raw_arguments
 
+    def _writer_table(self) -> WriterTable:
+        if self._table is None or self._table[0] != self.writers:
+            self._table = dict(self.writers), WriterTable(self.writers)
+        return self._table[1]
+
     def _written(self, results: Sequence[ToolResult]) -> list[tuple[int, _Event]]:
         stale: list[tuple[int, _Event]] = []
-        table = WriterTable(self.writers)
+        table = self._writer_table()
         reads = OpenReads()
         awaiting_read: dict[tuple[tuple[str, str], ...], list[tuple[int, str]]] = {}
         for result in results:

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from ..types import Guarantee, Retraction, SpanRef
 from .base import PolicyContext, RetractionPolicy, register_policy
-from .tool_results import DEFAULT_ERROR_PATTERN, ToolResult, any_glob, canonical, tool_results
+from .tool_results import DEFAULT_ERROR_PATTERN, ToolResult, any_glob, canonical
 
 
 @register_policy("tool_error")
@@ -43,10 +43,11 @@ class ToolErrorRecovered(RetractionPolicy):
         """Return the failed results in message order, each with its call where `include_call`."""
         waiting: dict[tuple[str, str], list[ToolResult]] = {}
         repaired: list[tuple[ToolResult, int]] = []
-        for result in tool_results(ctx.messages, self.error_pattern):
+        for result in ctx.tool_results(self.error_pattern):
             if not result.name or any_glob(result.name, self.exclude):
                 continue
-            key = (result.name, canonical([result.arguments.get(name) for name in self.same_arguments]))
+            shared = [result.arguments.get(name) for name in self.same_arguments]
+            key = (result.name, canonical(shared) if shared else "")
             if result.failed:
                 waiting.setdefault(key, []).append(result)
             else:

@@ -7,9 +7,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import Any
 
 from ..errors import PolicyError
+from ..ledger.recent import remembered
 from ..types import Message, SpanRef
 
 DEFAULT_ERROR_PATTERN = (
@@ -99,16 +101,21 @@ class ErrorMatcher:
         """True where the pattern matches, or a JSON object has an error key or a failed status."""
         if self.pattern.match(content):
             return True
-        if not content.lstrip().startswith("{") or not _MAY_SAY_ERROR.search(content):
-            return False
-        data = parse_object(content)
-        status = data.get("status")
-        return (
-            any(bool(data.get(key)) for key in ("error", "errors", "isError", "is_error"))
-            or (isinstance(status, str) and status.lower() in _FAILED_STATUS)
-            or data.get("success") is False
-            or data.get("ok") is False
-        )
+        return content[:1].lstrip() in ("", "{") and _says_error(content)
+
+
+@remembered
+def _says_error(content: str) -> bool:
+    if not content.lstrip().startswith("{") or not _MAY_SAY_ERROR.search(content):
+        return False
+    data = parse_object(content)
+    status = data.get("status")
+    return (
+        any(bool(data.get(key)) for key in ("error", "errors", "isError", "is_error"))
+        or (isinstance(status, str) and status.lower() in _FAILED_STATUS)
+        or data.get("success") is False
+        or data.get("ok") is False
+    )
 
 
 def parse_object(text: str) -> dict[str, Any]:
@@ -127,6 +134,11 @@ def canonical(value: Any) -> str:
 
 def any_glob(name: str, globs: Sequence[str]) -> bool:
     """Whether a tool's name matches one of the globs, case-sensitively."""
+    return _any_glob(name, tuple(globs))
+
+
+@lru_cache(maxsize=4096)
+def _any_glob(name: str, globs: tuple[str, ...]) -> bool:
     return any(fnmatchcase(name, glob) for glob in globs)
 
 
@@ -143,6 +155,11 @@ def _result(messages: Sequence[Message], index: int, place: tuple[int, int] | No
     if place is None:
         return ToolResult(index, name, {}, "", None, 0, failed)
     call = messages[place[0]].tool_calls[place[1]]
-    arguments = parse_object(call.arguments)
-    raw = canonical(arguments) if arguments else call.arguments.strip()
+    arguments, raw = _read_arguments(call.arguments)
     return ToolResult(index, call.name or name, arguments, raw, place[0], place[1], failed)
+
+
+@remembered
+def _read_arguments(text: str) -> tuple[Mapping[str, Any], str]:
+    arguments = parse_object(text)
+    return arguments, canonical(arguments) if arguments else text.strip()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..errors import PolicyError
+from ..ledger.recent import remembered
 from ..ledger.sentences import Sentence, content_words, sentences
 from ..types import Guarantee, Message, Retraction, SpanRef
 from .base import PolicyContext, RetractionPolicy, register_policy
@@ -82,18 +83,17 @@ class UserRevoked(RetractionPolicy):
         for number, message in enumerate(messages):
             if message.role != "user":
                 continue
-            turn = _Turn(number, hide_quotes(message.content))
-            if not (patterns or may_have_cues(turn.text)):
+            text, may_have_cues = _read(message.content)
+            turn = _Turn(number, text)
+            if not (patterns or may_have_cues):
                 said.add(number, turn.text)
                 before = turn
                 continue
-            parts = list(sentences(turn.text))
             turn.said = []
-            for at, part in enumerate(parts):
+            for part, found in _cues_in(turn.text):
                 readings: list[Cue] = []
                 if part.end - part.start <= LONGEST_SENTENCE:
-                    following = parts[at + 1].of(turn.text)[:LONGEST_SENTENCE] if at + 1 < len(parts) else ""
-                    readings = [*_added(patterns, part.of(turn.text)), *cues(part.of(turn.text), following)]
+                    readings = [*_added(patterns, part.of(turn.text)), *found]
                     match = self._resolved(readings, said, turn if turn.said else before, number)
                     if match:
                         yield number, match
@@ -147,6 +147,24 @@ class _Turn:
             if self.number == number or asserts(text):
                 return Statement(self.number, part, text, frozenset(content_words(text))) if states else None
         return None
+
+
+@remembered
+def _read(content: str) -> tuple[str, bool]:
+    """Return a message without what it quotes, and whether some cue may be in it."""
+    text = hide_quotes(content)
+    return text, may_have_cues(text)
+
+
+@remembered
+def _cues_in(text: str) -> list[tuple[Sentence, tuple[Cue, ...]]]:
+    """Return the sentences of a text, each with its readings; long ones are not read."""
+    parts = list(sentences(text))
+    following = [*(part.of(text)[:LONGEST_SENTENCE] for part in parts[1:]), ""]
+    return [
+        (part, tuple(cues(part.of(text), next_)) if part.end - part.start <= LONGEST_SENTENCE else ())
+        for part, next_ in zip(parts, following[: len(parts)], strict=True)
+    ]
 
 
 def _added(patterns: Sequence[re.Pattern[str]], sentence: str) -> Iterator[Cue]:

@@ -32,9 +32,13 @@ DEFAULT_WRITERS: Final[Mapping[str, tuple[str, ...]]] = {
 }
 """Readers and writers that name the same entity, as `get_order_details` and `cancel_pending_order`; and files."""
 
+_MOST_PAIRS = 4096
+
 
 class WriterTable:
     """Look-up from a writer to the readers whose results it makes stale; every pair of names is matched once.
+
+    Safe to share between threads.
 
     Args:
         writers: glob of a reader to globs of writers. `{entity}` in a reader's glob stands for some text of its name,
@@ -65,12 +69,17 @@ class WriterTable:
 
     def _matches(self, reader: str, writer: str) -> bool:
         pair = (reader, writer)
-        if pair not in self._pairs:
-            self._pairs[pair] = any(pattern.fullmatch(writer) for pattern in self._writers_of(reader))
-        return self._pairs[pair]
+        found = self._pairs.get(pair)
+        if found is None:
+            if len(self._pairs) >= _MOST_PAIRS:  # names come from models
+                self._pairs.clear()
+                self._patterns.clear()
+            found = self._pairs[pair] = any(pattern.fullmatch(writer) for pattern in self._writers_of(reader))
+        return found
 
     def _writers_of(self, reader: str) -> tuple[re.Pattern[str], ...]:
-        if reader not in self._patterns:
+        patterns = self._patterns.get(reader)
+        if patterns is None:
             found: list[str] = []
             named = False
             for pattern, names_entity, globs in self._rules:
@@ -79,8 +88,8 @@ class WriterTable:
                     continue
                 named = named or names_entity
                 found += [_filled(glob, match["entity"]) if names_entity else glob for glob in globs]
-            self._patterns[reader] = tuple(re.compile(translate(glob)) for glob in found)
-        return self._patterns[reader]
+            patterns = self._patterns[reader] = tuple(re.compile(translate(glob)) for glob in found)
+        return patterns
 
 
 def _pattern(reader: str) -> re.Pattern[str]:
