@@ -8,6 +8,9 @@ from torch.nn.functional import gelu, rms_norm
 from .base import HeadMap, Kernels, PagedKV
 from .rope import Rotary, angles, rotate_keys, turn
 
+_PART = 2048
+"""Tokens that are rotated at once: what is made on the way then stays in the processor's cache."""
+
 
 class TorchKernels(Kernels):
     """See `Kernels`; a few calls of torch per layer."""
@@ -28,19 +31,23 @@ class TorchKernels(Kernels):
             assert rotary is not None, "positions need a rotary"
             cos_sin = angles(torch.zeros_like(positions), positions, rotary, kv.device)
         for layer, (keys, values) in enumerate(zip(kv.k, kv.v, strict=True)):
-            new = k[layer]
-            if cos_sin is not None and rotary is not None:
-                new = turn(new.float(), *cos_sin, rotary)
-            keys.index_copy_(0, slots, new.to(keys.dtype))
+            if cos_sin is None or rotary is None:
+                keys.index_copy_(0, slots, k[layer].to(keys.dtype))
+            else:
+                for part in _parts(len(slots)):
+                    turned = turn(k[layer, part].float(), cos_sin[0][part], cos_sin[1][part], rotary)
+                    keys.index_copy_(0, slots[part], turned.to(keys.dtype))
             values.index_copy_(0, slots, v[layer].to(values.dtype))
 
     def gather_rotate(
         self, kv: PagedKV, slots: torch.Tensor, old: torch.Tensor, new: torch.Tensor, rotary: Rotary
     ) -> None:
         """Take out, rotate, put back."""
-        cos_sin = angles(old, new, rotary, kv.device)
+        cos, sin = angles(old, new, rotary, kv.device)
         for keys in kv.k:
-            keys.index_copy_(0, slots, turn(keys.index_select(0, slots), *cos_sin, rotary))
+            for part in _parts(len(slots)):
+                some = slots[part]
+                keys.index_copy_(0, some, turn(keys.index_select(0, some), cos[part], sin[part], rotary))
 
     def kv_map(
         self,
@@ -79,6 +86,10 @@ class TorchKernels(Kernels):
         """Fill with zeros, layer by layer."""
         for layer in (*kv.k, *kv.v):
             layer.index_fill_(0, slots, 0)
+
+
+def _parts(count: int) -> list[slice]:
+    return [slice(at, at + _PART) for at in range(0, count, _PART)]
 
 
 def map_rotated(
