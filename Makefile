@@ -43,7 +43,7 @@ CONTEXTS ?= 1024 2048 4096 8192 16384 32768
 SPANS ?= 16 128 1024
 BENCH_REPEATS ?= 20
 STEPS ?= --context 1024 --context 8192 --context 32256
-KERNELS ?= --tokens 8192 --tokens 32768 --tokens 131072
+KERNELS ?= --tokens 1024 --tokens 8192 --tokens 32768
 BENCH ?= evals/results/bench-$(DEVICE)
 endif
 ON := --device $(DEVICE) --dtype $(DTYPE)

@@ -40,6 +40,9 @@ class MemoryBench:
 def bench_memory(settings: MemoryBench, *, progress: Progress = silent) -> dict[str, Any]:
     """Weigh one thread, its forks, and the forks once each has gone on; return one JSON-able document.
 
+    A thread is cached; its forks are sequences that an engine has open on it, all at once, as `HFEngine.generate` opens
+    them. What attention needs beside (the embedded engine copies a thread's KV while it decodes) is not weighed.
+
     `rows`: what is open (`one thread`, `forks`, `forks with tokens of their own`), `kv_bytes` of the pages held,
     `host_bytes` of everything else (`tracemalloc`: slots, ids, nodes), and `ratio`, both together over those of one
     thread. `own_kv_bytes` are those of the forks' own tokens, which nothing could share. `per_fork_bytes`: what a fork
@@ -69,8 +72,9 @@ def bench_memory(settings: MemoryBench, *, progress: Progress = silent) -> dict[
         empty = tracemalloc.get_traced_memory()[0]
         thread = manager.lease(ids)
         manager.append(thread, ids)
+        manager.publish(thread)
         weigh("one thread")
-        forks = [manager.fork(thread) for _ in range(settings.forks)]
+        forks = [manager.lease(ids) for _ in range(settings.forks)]
         weigh("forks")
         for number, fork in enumerate(forks):
             manager.append(fork, np.full(settings.own_tokens, number))

@@ -100,6 +100,9 @@ class Message(_Digested):
     reasoning: str = ""
     """Reasoning text, `reasoning_content` in chat templates; templates may drop it from earlier turns."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tool_calls", tuple(self.tool_calls))
+
     def digest(self) -> str:
         """SHA-256 over everything the model can read of it; framework message ids do not count."""
         try:

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from kv_retract.cache.base import IntArray
 from kv_retract.engine.base import end_of_edit
 from kv_retract.types import Interval
 
 from . import api
-from .cache import CachedPath, Namespace, RetractableRadixCache
+from .cache import Namespace, RetractableRadixCache
 from .pool import KVPool
 from .refusal import Refused
 from .steering import Steering
@@ -70,11 +71,20 @@ class PathEditor:
         if not copy and self.cache.is_locked(below.nodes):
             raise Refused("busy", "a running request holds the path; finish or abort it, then try again")
         path = self.cache.locate(ids, namespace)
-        old = self.cache.slots_of(() if copy else below.nodes)
-        staged, fresh, gone, counts = self._stage(ids, whole, path, old, steer=steer, copy=copy)
+        renewed, kept = _changed(len(path.slots), whole, steer=steer, copy=copy)
+        lock = self.cache.lock(path.node)
         try:
-            if not copy:
-                self.cache.detach(below.nodes)
+            fresh = self.cache.reserve(len(renewed))
+        finally:
+            self.cache.unlock(lock)
+        try:
+            # Making room may have evicted other paths: what is taken out is what is left of them.
+            nodes = () if copy else self.cache.subtree(ids, first, namespace).nodes
+            old, staged = self.cache.slots_of(nodes), path.slots.clone()
+            staged[torch.from_numpy(renewed).to(staged.device)] = fresh.to(staged.dtype)
+            gone = old[~torch.isin(old, staged)]  # the host waits here, and not once something is in line
+            counts = self._write(ids, whole, path.slots, staged, kept, steer=steer)
+            self.cache.detach(nodes)
         except BaseException:
             self._give_back(fresh)
             raise
@@ -123,47 +133,23 @@ class PathEditor:
             tail.append(node)
         return tail
 
-    def _stage(
+    def _write(
         self,
         ids: list[int],
         spans: Sequence[Interval],
-        path: CachedPath,
-        old: torch.Tensor,
+        slots: torch.Tensor,
+        staged: torch.Tensor,
+        kept: IntArray,
         *,
         steer: bool,
-        copy: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, int]]:
-        """Write a new path beside the old one, which is untouched.
-
-        Returns:
-            The slots of the new path; those of them that are new; those of `old` that it does not use; and counts.
-        """
-        written, renewed = np.zeros((2, len(path.slots)), dtype=np.bool_)
-        for start, end in spans if steer else ():
-            written[start:end] = renewed[start:end] = True
-        if copy:
-            renewed[spans[0][0] :] = True
-        index, kept = (
-            torch.from_numpy(np.flatnonzero(which)).to(path.slots.device) for which in (renewed, renewed & ~written)
-        )
-        lock = self.cache.lock(path.node)
-        try:
-            fresh = self.cache.reserve(len(index))
-            try:
-                staged = path.slots.clone()
-                staged[index] = fresh.to(staged.dtype)
-                gone = old[~torch.isin(old, staged)]  # the host waits here, and not once something is in line
-                self.kv.copy(path.slots[kept], staged[kept])
-                counts = {"tokens_recomputed": 0, "tokens_moved": 0}
-                if steer:
-                    assert self.steering is not None, "checked by edit"
-                    counts = self.steering.write(ids, spans, path.slots, staged)
-            except BaseException:
-                self._give_back(fresh)
-                raise
-        finally:
-            self.cache.unlock(lock)
-        return staged, fresh, gone, counts
+    ) -> dict[str, int]:
+        """Fill the new slots of a path: `kept` entries by copies, spans by steering states; return counts."""
+        index = torch.from_numpy(kept).to(slots.device)
+        self.kv.copy(slots[index], staged[index])
+        if not steer:
+            return {"tokens_recomputed": 0, "tokens_moved": 0}
+        assert self.steering is not None, "checked by edit"
+        return self.steering.write(ids, spans, slots, staged)
 
     def _release(self, nodes: Sequence[Any]) -> int:
         """Take nodes out of the tree and give their slots back; return how many that is."""
@@ -177,3 +163,13 @@ class PathEditor:
         if len(slots):
             self.cache.token_to_kv_pool_allocator.free(slots)
         return len(slots)
+
+
+def _changed(length: int, spans: Sequence[Interval], *, steer: bool, copy: bool) -> tuple[IntArray, IntArray]:
+    """Return which entries of a path get slots of their own, and which of them keep what they hold."""
+    written, renewed = np.zeros((2, length), dtype=np.bool_)
+    for start, end in spans if steer else ():
+        written[start:end] = renewed[start:end] = True
+    if copy:
+        renewed[spans[0][0] :] = True
+    return np.flatnonzero(renewed), np.flatnonzero(renewed & ~written)

@@ -17,7 +17,8 @@ class KVPool:
 
     A batch runs on SGLang's forward stream while the scheduler, on a stream of its own, goes on to the next. Edits are
     queued on the forward stream: behind the batch that runs, which may still read what they free, and before the next
-    one. The host does not wait, so other threads' traffic goes on meanwhile.
+    one. For copies, wiping and the map the host does not wait, so other threads' traffic goes on meanwhile; adapters
+    need a forward pass, whose inputs it hands over.
 
     Args:
         pool: `MHATokenToKVPool` of SGLang.
@@ -28,15 +29,18 @@ class KVPool:
         self.paged = PagedKV(tuple(pool.k_buffer), tuple(pool.v_buffer))
         self._kernels, self._stream = kernels_for(self.paged.device), runner.forward_stream
         self._streams = torch.get_device_module(self.paged.device)
+        self.wipe(torch.zeros(1, dtype=torch.int64, device=self.paged.device))  # SGLang's slot 0 is padding: compiles
 
     @contextmanager
     def in_line(self) -> Iterator[None]:
         """Queue what is launched inside on the forward stream, in order with what the scheduler's stream does."""
         scheduling = self._streams.current_stream()
         self._stream.wait_stream(scheduling)
-        with self._streams.stream(self._stream):
-            yield
-        scheduling.wait_stream(self._stream)
+        try:
+            with self._streams.stream(self._stream):
+                yield
+        finally:
+            scheduling.wait_stream(self._stream)
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Copy K and V of slots to others. Shape of each: (num_slots,)."""

@@ -46,8 +46,11 @@ class Steering:
         eraser.config.check_base(fingerprint_of_files(model_path))
         self.eraser_id, self.suffix_free, self.variant = eraser.eraser_id, eraser.suffix_free, eraser.variant
         self._runner, self._kv, self._net = runner, kv, load_net(Path(folder), str(runner.device))
-        self._rotary = _rotary_of(runner.model)
+        self._rotary = _rotary_of(runner.model, runner.device)
         self._adapters: Adapters | None = None
+        if self.variant == "kv_map":  # once on the padding slot, so that nothing is compiled while requests wait
+            slot = torch.zeros(1, dtype=torch.int64, device=kv.paged.device)
+            kv.map(slot, slot, slot, self._net.weights, self._rotary)
         if self.variant != "kv_map":
             self._adapters = ADAPTERS[adapters](self._net, runner)
         elif adapters != "hooks":
@@ -113,7 +116,7 @@ def fingerprint_of_files(model_path: str) -> str:
     return fingerprint_of_tensors(tensors())
 
 
-def _rotary_of(model: Any) -> Rotary:
+def _rotary_of(model: Any, device: Any) -> Rotary:
     """Return how a served model rotates its keys."""
     from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 
@@ -123,4 +126,4 @@ def _rotary_of(model: Any) -> Rotary:
     inv_freq: torch.Tensor = 1.0 / (
         rotary.base ** (torch.arange(0, rotary.rotary_dim, 2, dtype=torch.float32) / rotary.rotary_dim)
     )
-    return Rotary(inv_freq, interleaved=not rotary.is_neox_style)
+    return Rotary(inv_freq.to(device), interleaved=not rotary.is_neox_style)

@@ -23,12 +23,14 @@ class Lease:
         node: the locked node of the index.
     """
 
-    def __init__(self, extra_key: str, node: Any, ids: IntArray, slots: IntArray, page_size: int) -> None:
-        """Begin with a cached path; its arrays become the lease's, and are never written."""
+    def __init__(
+        self, extra_key: str, node: Any, ids: IntArray, slots: IntArray, page_size: int, *, like: Lease | None = None
+    ) -> None:
+        """Begin with a cached path, or with what `like`, that began with the same one, keeps of it."""
         self.extra_key, self.node = extra_key, node
         self.num_cached = self.private_from = len(ids)
         self._size = page_size
-        self._head = np.stack([ids, slots])  # shared by forks
+        self._head: IntArray = np.stack([ids, slots]) if like is None else like._head[:, : len(ids)]  # never written
         self._tail, self._grown = np.empty((2, 0), dtype=np.int64), 0
 
     def __len__(self) -> int:

@@ -28,6 +28,7 @@ class CacheManager:
             raise ValueError(f"pool and index must agree on the page size, got {pool.page_size} and {index.page_size}")
         self.pool, self.index = pool, index
         self._leases: set[Lease] = set()
+        self._first: dict[int, Lease] = {}  # by the identity of the node that it locks, and so keeps
         self._edits: set[PathEdit] = set()
 
     def match(self, ids: IntArray, *, extra_key: str = "") -> int:
@@ -40,7 +41,11 @@ class CacheManager:
         """Begin a sequence with the longest cached prefix of `ids`, locked until `release`."""
         match = self.index.match_prefix(ids, extra_key=extra_key)
         self.index.inc_lock_ref(match.node)
-        lease = Lease(extra_key, match.node, ids[: len(match.slots)], match.slots, self.pool.page_size)
+        like = self._first.get(id(match.node))
+        size = self.pool.page_size
+        lease = Lease(extra_key, match.node, ids[: len(match.slots)], match.slots, size, like=like)
+        if like is None and len(lease):
+            self._first[id(match.node)] = lease
         self._leases.add(lease)
         return lease
 
@@ -75,6 +80,7 @@ class CacheManager:
         match = self.index.match_prefix(lease.ids[:end], extra_key=lease.extra_key)
         self.index.inc_lock_ref(match.node)
         self.index.dec_lock_ref(lease.node)
+        self._forget_first(lease)
         lease.rebase(match.node, match.slots)
 
     def release(self, lease: Lease, *, keep: int | None = None) -> None:
@@ -86,6 +92,7 @@ class CacheManager:
         self._index(lease, end)
         self.free(lease.private_pages(end))
         self.index.dec_lock_ref(lease.node)
+        self._forget_first(lease)
         self._leases.remove(lease)
 
     def fork(self, lease: Lease) -> Lease:
@@ -196,6 +203,10 @@ class CacheManager:
         known = self.index.insert(lease.ids[:end], lease.slots[:end], extra_key=lease.extra_key)
         duplicates = lease.slots[lease.private_from : min(max(known, lease.private_from), end)]
         self.free(self.pages_of(duplicates))
+
+    def _forget_first(self, lease: Lease) -> None:
+        if self._first.get(id(lease.node)) is lease:
+            del self._first[id(lease.node)]
 
     def _check_open(self, lease: Lease) -> None:
         if lease not in self._leases:

@@ -129,12 +129,17 @@ class HFEngine(LocalEngine):
             )  # fmt: skip
         finally:
             with self.lock:
-                if working is not None:
-                    # Once for the whole answer: nobody else reads its slots before the lease is released.
-                    rows = slice(answer_from, answer_from + max(0, filled - len(key)))
-                    self._pool.write(lease.slots[len(key) : filled], working.k[:, rows], working.v[:, rows])
-                    working.close()
-                self._manager.release(lease, keep=filled)
+                keep = min(filled, len(key))
+                try:
+                    if working is not None and filled > len(key):
+                        # Once for the whole answer: nobody else reads its slots before the lease is released.
+                        rows = slice(answer_from, answer_from + filled - len(key))
+                        self._pool.write(lease.slots[len(key) : filled], working.k[:, rows], working.v[:, rows])
+                        keep = filled
+                finally:
+                    self._manager.release(lease, keep=keep)
+                    if working is not None:
+                        working.close()
 
     def erase(
         self, key: ThreadKey, spans: Sequence[Interval], eraser: SupportsErase, new_key: ThreadKey

@@ -28,12 +28,15 @@ class StopForwardError(Exception):
 class Buffers:
     """Memory of working sets that are done, for the next ones: fresh pages of the system cost more than the gather.
 
-    Keeps the largest. Safe to share between threads.
+    Idle memory holds what was gathered last, until it is taken again or forgotten. Keeps the largest; for other devices
+    than the CPU nothing, since torch keeps their memory itself. Safe to share between threads.
     """
 
     def __init__(self, keep: int = 2) -> None:
         self._keep, self._kept = keep, list[tuple[torch.Tensor, torch.Tensor]]()
         self._lock = threading.Lock()
+        self.generation = 0
+        """How often everything was forgotten."""
 
     def take(self, pool: PagedKVPool, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return room for at least so many rows, with what was there. Shape of each: (num_layers, capacity, ...)."""
@@ -41,16 +44,20 @@ class Buffers:
             large = [n for n, (k, _) in enumerate(self._kept) if k.shape[1] >= rows]
             if large:
                 return self._kept.pop(large[0])
-        return pool.paged.empty(rows + rows // 8)  # a thread is a little longer at its next step
+            self._kept.clear()  # too small, and so would soon be the others
+        with torch.inference_mode(False):  # it may be used outside of it next time
+            return pool.paged.empty(rows + rows // 8)  # a thread is a little longer at its next step
 
-    def give(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Take room back."""
+    def give(self, k: torch.Tensor, v: torch.Tensor, generation: int) -> None:
+        """Take room back, unless everything was forgotten since `generation`."""
         with self._lock:
-            self._kept = sorted([*self._kept, (k, v)], key=lambda pair: pair[0].shape[1])[-self._keep :]
+            if generation == self.generation and k.device.type == "cpu":
+                self._kept = sorted([*self._kept, (k, v)], key=lambda pair: pair[0].shape[1])[-self._keep :]
 
     def forget(self) -> None:
-        """Give all of it back to the system: what it holds is to be deleted."""
+        """Give all of it back to the system, also what is in use, once it is done: it is to be deleted."""
         with self._lock:
+            self.generation += 1
             self._kept.clear()
 
 
@@ -66,21 +73,23 @@ class WorkingSet:
     """
 
     _buffers: Buffers | None = None
+    _generation = 0
 
     def __init__(
         self, pool: PagedKVPool, slots: IntArray, *, capacity: int = 0, buffers: Buffers | None = None
     ) -> None:
         """Gather the entries of `slots` (NO_SLOT left out) from the pool; `capacity` rows are reserved."""
         visible = pool.index(slots[slots != NO_SLOT])
-        self.length, self._buffers = len(visible), buffers
-        self.k, self.v = (buffers or Buffers()).take(pool, max(capacity, self.length))
+        buffers = buffers or Buffers()
+        self.length, self._buffers, self._generation = len(visible), buffers, buffers.generation
+        self.k, self.v = buffers.take(pool, max(capacity, self.length))
         rows = self.k[:, : self.length], self.v[:, : self.length]
         pool.kernels.gather_pages(pool.paged, visible, out=rows)
 
     def close(self) -> None:
         """Give the memory back; the rows are gone."""
         if self._buffers is not None:
-            self._buffers.give(self.k, self.v)
+            self._buffers.give(self.k, self.v, self._generation)
             self._buffers, self.k, self.v = None, self.k[:, :0], self.v[:, :0]
 
     def __enter__(self) -> WorkingSet:
@@ -113,7 +122,8 @@ class WorkingSet:
         capacity = max(rows, 2 * self.k.shape[1])
         for name in ("k", "v"):
             old = getattr(self, name)
-            new = old.new_empty((old.shape[0], capacity, *old.shape[2:]))
+            with torch.inference_mode(False):  # as in `Buffers.take`
+                new = old.new_empty((old.shape[0], capacity, *old.shape[2:]))
             new[:, : self.length] = old[:, : self.length]
             setattr(self, name, new)
 

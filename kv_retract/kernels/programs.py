@@ -15,7 +15,7 @@ def _layer(addresses, layer, TYPE: tl.constexpr):
     return tl.multiple_of(tl.load(addresses + layer).to(tl.pointer_type(TYPE), bitcast=True), 16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def move_kernel(
     k_from, v_from, k_to, v_to, from_slots, to_slots, count, ROW: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr,
     NAMED_FROM: tl.constexpr, NAMED_TO: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
@@ -68,7 +68,7 @@ def _pairs(pair, HALF: tl.constexpr, DIM: tl.constexpr, INTERLEAVED: tl.constexp
     return first, second
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def rotate_kernel(
     k_from, v_from, k_to, v_to, from_slots, to_slots, old, new, frequencies, count, heads, DIM: tl.constexpr,
     HALF: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr, INTERLEAVED: tl.constexpr, NAMED_FROM: tl.constexpr,
@@ -114,7 +114,7 @@ def rotate_kernel(
             tl.store(write + column[None, :], v.to(TO), mask=whole)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def map_kernel(
     k_all, v_all, from_slots, to_slots, positions, frequencies, w1, b1, w2, b2, count, heads, DIM: tl.constexpr,
     HALF: tl.constexpr, HIDDEN: tl.constexpr, TYPE: tl.constexpr, INTERLEAVED: tl.constexpr, TOKENS: tl.constexpr,

@@ -6,7 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
 from functools import lru_cache, wraps
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 SHORT = 1024
 """Characters of a text that counts as short."""
@@ -34,6 +34,9 @@ class Recent(Generic[Key, Value]):
     def __len__(self) -> int:
         return len(self._values)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._most,)  # copies begin empty
+
     def find(self, keys: Iterable[Key]) -> list[Value | None]:
         """Return the value of each key, None where it is not there. Nobody may change what is returned."""
         values = self._values
@@ -60,6 +63,28 @@ class Recent(Generic[Key, Value]):
             while self._size > self._most:
                 _, (_, size) = self._values.popitem(last=False)
                 self._size -= size
+
+
+class Kept(Generic[Value]):
+    """A value that is made of settings, and anew where these have changed. Safe to share between threads.
+
+    Args:
+        make: takes the settings.
+    """
+
+    def __init__(self, make: Callable[..., Value]) -> None:
+        self._make = make
+        self._made: tuple[tuple[Any, ...], Value] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._make,)  # copies make their own
+
+    def of(self, *settings: Any) -> Value:
+        """Return the value for some settings. Nobody may change it."""
+        made = self._made
+        if made is None or made[0] != settings:
+            made = self._made = settings, self._make(*settings)
+        return made[1]
 
 
 def remembered(function: Callable[[str], Value]) -> Callable[[str], Value]:

@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple, TypeAlias
 from ..errors import KVRetractError, PolicyError
 from ..types import Retraction
 from .base import PolicyContext, RetractionPolicy, ask
+from .tool_results import ToolReader
 
 OnFailure: TypeAlias = Literal["raise", "skip"]
 log = logging.getLogger(__name__)
@@ -97,6 +98,7 @@ class Asker:
     """What a failed policy does: raise PolicyError, or be left out of the step, logged and reported."""
     most_workers: int = 64
     """How many workers may run at once, late ones of all threads included; more policies are late at once."""
+    _reader: ToolReader = field(default_factory=ToolReader, init=False, repr=False, compare=False)
     _running: dict[tuple[str, int], _Worker] = field(default_factory=dict, init=False, repr=False, compare=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
 
@@ -116,6 +118,7 @@ class Asker:
             PolicyError: a policy failed and `on_failure` is "raise"; being late is no failure. The others go on.
             SpanError: as `ask`.
         """
+        ctx = replace(ctx, reader=self._reader)
         chosen = list({id(policy): policy for policy in policies}.values())
         asked = Asked([], ())
         if self.deadline_s is None:

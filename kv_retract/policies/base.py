@@ -11,7 +11,7 @@ from typing import ClassVar
 from ..errors import KVRetractError, PolicyError
 from ..registry import Registry
 from ..types import Cascade, Message, Retraction, RetractionRecord
-from .tool_results import DEFAULT_ERROR_PATTERN, ToolResult, tool_results
+from .tool_results import DEFAULT_ERROR_PATTERN, ToolReader, ToolResult
 
 POLICIES: Registry[RetractionPolicy] = Registry("policy", "kv_retract.policies")
 register_policy = POLICIES.register
@@ -28,6 +28,8 @@ class PolicyContext:
     """Retractions that apply to these messages already; `span.message` is the index in `messages`."""
     now: datetime | None = None
     """When the step begins, UTC. None where a recorded thread is replayed and nobody knows."""
+    reader: ToolReader = field(default_factory=ToolReader, repr=False, compare=False)
+    """Reads tool results; whoever asks before every step keeps one."""
     _results: dict[tuple[str, int], tuple[ToolResult, ...]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -36,7 +38,7 @@ class PolicyContext:
         """Return the tool results with their calls; see `tool_results`. All policies of a step share one reading."""
         key = error_pattern, len(self.messages)
         if key not in self._results:
-            self._results[key] = tuple(tool_results(self.messages, error_pattern))
+            self._results[key] = tuple(self.reader.results(self.messages, error_pattern))
         return self._results[key]
 
     def is_retracted(self, message: int) -> bool:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ..errors import PolicyError
+from ..ledger.recent import Kept
 from ..types import Guarantee, Retraction, SpanRef
 from .base import PolicyContext, RetractionPolicy, register_policy
-from .json_facts import About, FactReader, agree, fact_reader
+from .json_facts import About, FactReader, agree
 from .json_nodes import locate
 from .superseded import DEFAULT_KEYS
 from .tool_results import DEFAULT_ERROR_PATTERN, ToolResult, any_glob
@@ -75,20 +76,19 @@ class ContradictedValue(RetractionPolicy):
     """Regular expression, matched at the beginning of a result: what failed says nothing."""
     guarantee: Guarantee = Guarantee.STEERED
     """What the retraction promises."""
+    _reader: Kept[FactReader] = field(default_factory=lambda: Kept(_reader), init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Accept the guarantee as text; raises PolicyError where nothing can be found."""
         self.guarantee = Guarantee(self.guarantee)
-        for field, globs in (("keys", self.keys), ("compare", self.compare)):
+        for name, globs in (("keys", self.keys), ("compare", self.compare)):
             if isinstance(globs, str) or not globs:
-                raise PolicyError(
-                    f"expected a list of globs as {field}, got {globs!r}; without one nothing is compared"
-                )
+                raise PolicyError(f"expected a list of globs as {name}, got {globs!r}; without one nothing is compared")
 
     def propose(self, ctx: PolicyContext) -> list[Retraction]:
         """Return the contradicted values in the order of the text; the first other value gives the reason."""
         settings = self.keys, self.qualifiers, self.compare, self.ignore
-        reader = fact_reader(*map(tuple, settings), inherit=self.inherit)
+        reader = self._reader.of(*map(tuple, settings), self.inherit)
         standing: dict[About, tuple[Any, list[ToolResult]]] = {}
         stale: dict[int, dict[About, str]] = {}
         results = [r for r in ctx.tool_results(self.error_pattern) if self._is_believed(r)]
@@ -132,3 +132,9 @@ def _reason(result: ToolResult, about: About) -> str:
     key = about[1][-1]
     what = f"another value of {key}" if _PLAIN_NAME.fullmatch(key) else "another value"
     return f"{result.name} in message {result.message} gives {what}"
+
+
+def _reader(
+    keys: Sequence[str], qualifiers: Sequence[str], compare: Sequence[str], ignore: Sequence[str], inherit: bool
+) -> FactReader:
+    return FactReader(keys=keys, qualifiers=qualifiers, compare=compare, ignore=ignore, inherit=inherit)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, get_args
 
 from ..errors import PolicyError
-from ..ledger.recent import remembered
+from ..ledger.recent import Kept, remembered
 from ..types import Guarantee, Retraction, Role, SpanRef
 from .base import PolicyContext, RetractionPolicy, register_policy
 from .detectors import Detector, Found, check_share, detect
@@ -41,7 +41,9 @@ class InjectedInstruction(RetractionPolicy):
     exclude: Sequence[str] = ()
     """Globs of tool names whose results are trusted."""
     guarantee: Guarantee = Guarantee.STEERED
-    _find: Callable[[str], list[Found]] = field(init=False, repr=False, compare=False)
+    _finder: Kept[Callable[[str], list[Found]]] = field(
+        default_factory=lambda: Kept(_finder), init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         """Accept the guarantee as text; raises PolicyError where a parameter is not what it should be."""
@@ -53,9 +55,6 @@ class InjectedInstruction(RetractionPolicy):
                 f"expected a detector, a callable from text to finds, got a {type(self.detector).__name__}; "
                 "see kv_retract.policies.Detector"
             )
-        detector, least = self.detector, self.min_confidence
-        # A thread only grows: before every step all but its newest texts come again.
-        self._find = remembered(lambda text: detect(detector, text, least))
 
     def propose(self, ctx: PolicyContext) -> list[Retraction]:
         """Return the injected passages in message order.
@@ -63,7 +62,7 @@ class InjectedInstruction(RetractionPolicy):
         Raises:
             PolicyError: the detector returned something else than ranges of the text.
         """
-        trusted = self._trusted(ctx)
+        trusted, find_in = self._trusted(ctx), self._finder.of(self.detector, self.min_confidence)
         return [
             Retraction(
                 span=SpanRef(index, start=find.start, end=find.end),
@@ -74,13 +73,18 @@ class InjectedInstruction(RetractionPolicy):
             )
             for index, message in enumerate(ctx.messages)
             if message.role in self.roles and index not in trusted
-            for find in self._find(message.content)
+            for find in find_in(message.content)
         ]
 
     def _trusted(self, ctx: PolicyContext) -> set[int]:
         if not self.exclude:
             return set()
         return {result.message for result in ctx.tool_results() if any_glob(result.name, self.exclude)}
+
+
+def _finder(detector: Detector, least: float) -> Callable[[str], list[Found]]:
+    # A thread only grows: before every step all but its newest texts come again.
+    return remembered(lambda text: detect(detector, text, least))
 
 
 def check_roles(roles: Sequence[str]) -> None:

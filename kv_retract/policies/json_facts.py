@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
 from typing import Any, Literal
 
 from ..ledger.recent import MOST_CHARACTERS, Recent
@@ -204,19 +203,6 @@ class _Walk:
             names = {name for name, _ in entity}
             entity = entity.union(pair for pair in self._asked_with if pair[0] not in names)
         return self._reader.same(entity)
-
-
-@lru_cache(maxsize=16)
-def fact_reader(
-    keys: tuple[str, ...],
-    qualifiers: tuple[str, ...],
-    compare: tuple[str, ...],
-    ignore: tuple[str, ...],
-    *,
-    inherit: bool,
-) -> FactReader:
-    """Return the reader of these settings, which others may use too."""
-    return FactReader(keys=keys, qualifiers=qualifiers, compare=compare, ignore=ignore, inherit=inherit)
 
 
 def _may_be_json(content: str) -> bool:

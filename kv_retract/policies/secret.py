@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import ClassVar, get_args
 
 from ..errors import PolicyError
-from ..ledger.recent import remembered
+from ..ledger.recent import Kept, remembered
 from ..types import Guarantee, Message, Part, Retraction, Role, SpanRef
 from .base import PolicyContext, RetractionPolicy, register_policy
 from .detectors import Detector, Found, check_share, detect, joined
@@ -93,16 +93,16 @@ class ExposedSecret(RetractionPolicy):
     arguments: bool = True
     """Whether the arguments of tool calls are looked at too."""
     guarantee: Guarantee = Guarantee.EXACT
-    _find: Callable[[str], list[Found]] = field(init=False, repr=False, compare=False)
+    _finder: Kept[Callable[[str], list[Found]]] = field(
+        default_factory=lambda: Kept(_finder), init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         """Accept the guarantee as text; raises PolicyError where a parameter is not what it should be."""
         self.guarantee = Guarantee(self.guarantee)
         check_roles(self.roles)
         check_share("min_confidence", self.min_confidence)
-        # A thread only grows: before every step all but its newest texts come again.
-        detectors, least = (SecretDetector(kinds=self.kinds, allow=self.allow), *self.detectors), self.min_confidence
-        self._find = remembered(lambda text: joined(f for found in detectors for f in detect(found, text, least)))
+        SecretDetector(kinds=self.kinds, allow=self.allow)
 
     def propose(self, ctx: PolicyContext) -> list[Retraction]:
         """Return the values in message order, contents before arguments.
@@ -110,6 +110,7 @@ class ExposedSecret(RetractionPolicy):
         Raises:
             PolicyError: one of `detectors` returned something else than ranges of the text.
         """
+        find_in = self._finder.of(tuple(self.kinds), tuple(self.allow), tuple(self.detectors), self.min_confidence)
         return [
             Retraction(
                 span=SpanRef(index, part, call, find.start, find.end),
@@ -121,7 +122,7 @@ class ExposedSecret(RetractionPolicy):
             for index, message in enumerate(ctx.messages)
             if message.role in self.roles
             for part, call, text in self._texts(message)
-            for find in self._find(text)
+            for find in find_in(text)
         ]
 
     def _texts(self, message: Message) -> Iterator[tuple[Part, int, str]]:
@@ -129,3 +130,11 @@ class ExposedSecret(RetractionPolicy):
         if self.arguments:
             for number, call in enumerate(message.tool_calls):
                 yield "tool_call", number, call.arguments
+
+
+def _finder(
+    kinds: Sequence[str], allow: Sequence[str], others: Sequence[Detector], least: float
+) -> Callable[[str], list[Found]]:
+    # A thread only grows: before every step all but its newest texts come again.
+    detectors = (SecretDetector(kinds=kinds, allow=allow), *others)
+    return remembered(lambda text: joined(f for found in detectors for f in detect(found, text, least)))

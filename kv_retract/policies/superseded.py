@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
+from ..ledger.recent import Kept
 from ..types import Guarantee, Message, Retraction, SpanRef
 from .base import PolicyContext, RetractionPolicy, register_policy
 from .entities import OpenReads, entity_pairs
@@ -66,9 +67,7 @@ class SupersededToolResult(RetractionPolicy):
     until_read: Sequence[str] = DEFAULT_UNTIL_READ
     error_pattern: str = DEFAULT_ERROR_PATTERN
     guarantee: Guarantee = Guarantee.STEERED
-    _table: tuple[Mapping[str, Sequence[str]], WriterTable] | None = field(
-        default=None, init=False, repr=False, compare=False
-    )
+    _table: Kept[WriterTable] = field(default_factory=lambda: Kept(WriterTable), init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Accept the guarantee as text."""
@@ -107,14 +106,9 @@ class SupersededToolResult(RetractionPolicy):
                 return canonical([result.arguments.get(name) for name in names])
         return result.raw_arguments
 
-    def _writer_table(self) -> WriterTable:
-        if self._table is None or self._table[0] != self.writers:
-            self._table = dict(self.writers), WriterTable(self.writers)
-        return self._table[1]
-
     def _written(self, results: Sequence[ToolResult]) -> list[tuple[int, _Event]]:
         stale: list[tuple[int, _Event]] = []
-        table = self._writer_table()
+        table = self._table.of(dict(self.writers))
         reads = OpenReads()
         awaiting_read: dict[tuple[tuple[str, str], ...], list[tuple[int, str]]] = {}
         for result in results:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 from ..errors import PolicyError
@@ -36,7 +37,8 @@ class ToolResult:
     name: str
     """Name of the tool; empty where neither the message nor a call tells it."""
     arguments: Mapping[str, Any]
-    """Parsed arguments of the call; empty where there is no call or they are not a JSON object."""
+    """Parsed arguments of the call, shared and not to be changed; empty where there is no call or they are not a JSON
+    object."""
     raw_arguments: str
     """Arguments as the model wrote them; normalised JSON where they parse."""
     call_message: int | None
@@ -54,39 +56,60 @@ class ToolResult:
         return [SpanRef(self.call_message, "tool_call", self.call), own]
 
 
+class ToolReader:
+    """Reads tool results; remembers what it parsed, since a thread only grows. Safe to share between threads."""
+
+    def __init__(self) -> None:
+        self._says_error, self._arguments = remembered(_says_error), remembered(_read_arguments)
+
+    def results(self, messages: Sequence[Message], error_pattern: str = DEFAULT_ERROR_PATTERN) -> list[ToolResult]:
+        """Pair tool messages with their calls, in message order; linear in the messages.
+
+        A result belongs to the newest earlier call with its `tool_call_id` (some traces use an id twice). A result
+        without an id belongs to the first call of the newest assistant message that has no result yet.
+
+        Args:
+            messages: the thread, oldest first.
+            error_pattern: regular expression, matched at the beginning of the content.
+
+        Raises:
+            PolicyError: the pattern is not a regular expression.
+        """
+        failed = error_matcher(error_pattern, self._says_error)
+        by_id: dict[str, tuple[int, int]] = {}
+        open_calls: dict[tuple[int, int], None] = {}
+        results = []
+        for index, message in enumerate(messages):
+            if message.role == "assistant":
+                open_calls = {(index, call): None for call in range(len(message.tool_calls))}
+                by_id.update({call.id: (index, number) for number, call in enumerate(message.tool_calls)})
+            elif message.role == "tool":
+                place = _answered(message, by_id, open_calls)
+                if place is not None:
+                    open_calls.pop(place, None)
+                results.append(self._result(messages, index, place, failed(message.content)))
+        return results
+
+    def _result(
+        self, messages: Sequence[Message], index: int, place: tuple[int, int] | None, failed: bool
+    ) -> ToolResult:
+        name = messages[index].name or ""
+        if place is None:
+            return ToolResult(index, name, {}, "", None, 0, failed)
+        call = messages[place[0]].tool_calls[place[1]]
+        arguments, raw = self._arguments(call.arguments)
+        return ToolResult(index, call.name or name, arguments, raw, place[0], place[1], failed)
+
+
 def tool_results(messages: Sequence[Message], error_pattern: str = DEFAULT_ERROR_PATTERN) -> list[ToolResult]:
-    """Pair tool messages with their calls, in message order; linear in the messages.
-
-    A result belongs to the newest earlier call with its `tool_call_id` (some traces use an id twice). A result
-    without an id belongs to the first call of the newest assistant message that has no result yet.
-
-    Args:
-        messages: the thread, oldest first.
-        error_pattern: regular expression, matched at the beginning of the content.
-
-    Raises:
-        PolicyError: the pattern is not a regular expression.
-    """
-    failed = error_matcher(error_pattern)
-    by_id: dict[str, tuple[int, int]] = {}
-    open_calls: dict[tuple[int, int], None] = {}
-    results = []
-    for index, message in enumerate(messages):
-        if message.role == "assistant":
-            open_calls = {(index, call): None for call in range(len(message.tool_calls))}
-            by_id.update({call.id: (index, number) for number, call in enumerate(message.tool_calls)})
-        elif message.role == "tool":
-            place = _answered(message, by_id, open_calls)
-            if place is not None:
-                open_calls.pop(place, None)
-            results.append(_result(messages, index, place, failed(message.content)))
-    return results
+    """Pair tool messages with their calls once; see `ToolReader.results`."""
+    return ToolReader().results(messages, error_pattern)
 
 
-def error_matcher(pattern: str) -> ErrorMatcher:
+def error_matcher(pattern: str, says_error: Callable[[str], bool]) -> ErrorMatcher:
     """Return a predicate on the content of tool results; raises PolicyError where `pattern` is malformed."""
     try:
-        return ErrorMatcher(re.compile(pattern))
+        return ErrorMatcher(re.compile(pattern), says_error)
     except re.error as error:
         raise PolicyError(f"expected a regular expression for errors, got {pattern!r}: {error}") from error
 
@@ -96,15 +119,15 @@ class ErrorMatcher:
     """Whether the content of a tool result says that the call failed."""
 
     pattern: re.Pattern[str]
+    says_error: Callable[[str], bool]
 
     def __call__(self, content: str) -> bool:
         """True where the pattern matches, or a JSON object has an error key or a failed status."""
         if self.pattern.match(content):
             return True
-        return content[:1].lstrip() in ("", "{") and _says_error(content)
+        return content[:1].lstrip() in ("", "{") and self.says_error(content)
 
 
-@remembered
 def _says_error(content: str) -> bool:
     if not content.lstrip().startswith("{") or not _MAY_SAY_ERROR.search(content):
         return False
@@ -150,16 +173,6 @@ def _answered(
     return next(iter(open_calls), None)
 
 
-def _result(messages: Sequence[Message], index: int, place: tuple[int, int] | None, failed: bool) -> ToolResult:
-    name = messages[index].name or ""
-    if place is None:
-        return ToolResult(index, name, {}, "", None, 0, failed)
-    call = messages[place[0]].tool_calls[place[1]]
-    arguments, raw = _read_arguments(call.arguments)
-    return ToolResult(index, call.name or name, arguments, raw, place[0], place[1], failed)
-
-
-@remembered
 def _read_arguments(text: str) -> tuple[Mapping[str, Any], str]:
     arguments = parse_object(text)
-    return arguments, canonical(arguments) if arguments else text.strip()
+    return MappingProxyType(arguments), canonical(arguments) if arguments else text.strip()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from ..errors import PolicyError
-from ..ledger.recent import remembered
+from ..ledger.recent import Kept, remembered
 from ..ledger.sentences import Sentence, content_words, sentences
 from ..types import Guarantee, Message, Retraction, SpanRef
 from .base import PolicyContext, RetractionPolicy, register_policy
@@ -50,6 +50,7 @@ class UserRevoked(RetractionPolicy):
     """Whether sentences of the assistant go too that repeat all content words of the statement, before it was taken
     back."""
     guarantee: Guarantee = Guarantee.STEERED
+    _readers: Kept[_Readers] = field(default_factory=lambda: Kept(_readers), init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Accept the guarantee as text; raises PolicyError where a parameter is malformed."""
@@ -79,18 +80,19 @@ class UserRevoked(RetractionPolicy):
 
     def _withdrawn(self, messages: Sequence[Message]) -> Iterator[tuple[int, Match]]:
         patterns, said = self._patterns(), Statements()
+        read, cues_in = self._readers.of()
         before = _Turn(0, "")
         for number, message in enumerate(messages):
             if message.role != "user":
                 continue
-            text, may_have_cues = _read(message.content)
+            text, may_have_cues = read(message.content)
             turn = _Turn(number, text)
             if not (patterns or may_have_cues):
                 said.add(number, turn.text)
                 before = turn
                 continue
             turn.said = []
-            for part, found in _cues_in(turn.text):
+            for part, found in cues_in(turn.text):
                 readings: list[Cue] = []
                 if part.end - part.start <= LONGEST_SENTENCE:
                     readings = [*_added(patterns, part.of(turn.text)), *found]
@@ -149,14 +151,19 @@ class _Turn:
         return None
 
 
-@remembered
+_Readers = tuple[Callable[[str], tuple[str, bool]], Callable[[str], list[tuple[Sentence, tuple[Cue, ...]]]]]
+
+
+def _readers() -> _Readers:
+    return remembered(_read), remembered(_cues_in)
+
+
 def _read(content: str) -> tuple[str, bool]:
     """Return a message without what it quotes, and whether some cue may be in it."""
     text = hide_quotes(content)
     return text, may_have_cues(text)
 
 
-@remembered
 def _cues_in(text: str) -> list[tuple[Sentence, tuple[Cue, ...]]]:
     """Return the sentences of a text, each with its readings; long ones are not read."""
     parts = list(sentences(text))

@@ -196,6 +196,23 @@ def test_forks_keep_what_they_have_in_common_once(page_size):
     manager.check_integrity()
 
 
+def test_sequences_on_one_cached_path_keep_it_once():
+    manager = make_manager()
+    store(manager, ids_of(20))
+    one, two = manager.lease(ids_of(20)), manager.lease(ids_of(20))
+    assert np.shares_memory(one.slots, two.slots)
+    manager.append(one, ids_of(2, first=100))
+    manager.release(one)
+    manager.append(two, ids_of(2, first=200))
+    three = manager.lease(ids_of(20))
+    assert three.slots.tolist() == two.slots[:20].tolist() and two.ids[20:].tolist() == [200, 201]
+    shorter = manager.lease(ids_of(11))  # splits the node that the others hold
+    assert shorter.ids.tolist() == list(range(11)) and three.slots[:11].tolist() == shorter.slots.tolist()
+    for lease in (two, three, shorter):
+        manager.release(lease)
+    manager.check_integrity()
+
+
 def test_appending_to_a_cached_path_leaves_the_cached_path_alone():
     manager, ids = make_manager(), ids_of(4)
     store(manager, ids, 1.0)

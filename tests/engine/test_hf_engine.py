@@ -128,6 +128,21 @@ def test_an_answer_has_room_and_its_context_is_not_moved(monkeypatch):
     assert len(moved) >= 20 and not any(moved)
 
 
+def test_answers_that_outgrow_their_room(monkeypatch):
+    monkeypatch.setattr("kv_retract.engine.hf._ANSWER_ROWS", 2)
+    engine, other = (HFEngine(tiny_model(), max_tokens=512) for _ in range(2))
+    key, sampling = build_key(np.arange(3, 40), ()), SamplingParams(max_tokens=60)
+    for _ in range(2):
+        found = [token.id for token in engine.generate(key, sampling)]
+    monkeypatch.undo()
+    assert found == [token.id for token in other.generate(key, sampling)]
+    longer = build_key(np.concatenate([key.ids, found[:-1]]), ())
+    assert engine.cached(longer) == len(longer)
+    for one, two in zip(*(e.read_kv(longer, 0, len(longer)) for e in (engine, other)), strict=True):
+        assert torch.equal(one, two)
+    engine.check_integrity()
+
+
 @pytest.mark.parametrize("forget", ["drop", "purge"])
 def test_what_is_forgotten_leaves_the_memory_of_working_sets(forget):
     engine, key = HFEngine(tiny_model(), max_tokens=256), build_key(np.arange(3, 40), ())

@@ -159,6 +159,21 @@ def test_a_working_set_that_is_closed_twice_gives_its_memory_once():
     assert buffers.take(pool, 5)[0].data_ptr() != buffers.take(pool, 5)[0].data_ptr()
 
 
+def test_memory_that_was_in_use_when_all_was_forgotten_does_not_come_back():
+    pool, buffers = small_pool(), Buffers()
+    with WorkingSet(pool, np.arange(30), buffers=buffers):
+        buffers.forget()
+    assert not buffers._kept
+
+
+def test_memory_from_inference_mode_serves_outside_of_it():
+    pool, buffers = small_pool(), Buffers()
+    with torch.inference_mode(), WorkingSet(pool, np.arange(5), buffers=buffers) as working:
+        working.reserve(30)
+    with WorkingSet(pool, np.arange(30), buffers=buffers) as again:
+        assert torch.equal(again.k[:, :30], pool.k[:, :30])
+
+
 def test_forgotten_memory_is_gone():
     pool, buffers = small_pool(), Buffers()
     WorkingSet(pool, np.arange(30), buffers=buffers).close()

@@ -8,10 +8,12 @@ from kv_retract.evals.floor import Limits, Work, edit_work, measure_limits
 
 CONTEXT, SPAN, START = 1000, 50, 100
 LAYERS, HEADS, KV_HEADS, DIM, WIDTH = 4, 4, 2, 32, 128
-WEIGHTS = LAYERS * (
+LAYER = (
     WIDTH * DIM * (HEADS + 2 * KV_HEADS) + DIM * (HEADS + 2 * KV_HEADS)  # projections and their biases
     + WIDTH * DIM * HEADS + 3 * WIDTH * 3 * WIDTH + 2 * WIDTH
-) + WIDTH  # fmt: skip
+)  # fmt: skip
+LAST = 2 * (WIDTH + 1) * DIM * KV_HEADS + WIDTH
+WEIGHTS = (LAYERS - 1) * LAYER + LAST + WIDTH
 TOKEN_BYTES = 2 * LAYERS * KV_HEADS * DIM * 4
 
 
@@ -41,7 +43,7 @@ def test_a_shift_reads_and_writes_the_keys_behind_the_span(model):
 
 def test_full_recomputation_runs_what_follows_through_the_model(model):
     suffix = CONTEXT - START - SPAN
-    attention = 4 * (START + suffix / 2) * LAYERS * HEADS * DIM
+    attention = 4 * (START + suffix / 2) * (LAYERS - 1) * HEADS * DIM
     found = work(model, "recompute")
     assert found.flops == suffix * (2 * WEIGHTS + attention)
     assert found.bytes == 4 * WEIGHTS + (START + suffix) * TOKEN_BYTES
@@ -57,7 +59,7 @@ def test_the_map_reads_its_weights_and_no_model(model, make_eraser):
 
 def test_adapters_run_the_span_through_the_model(model, make_eraser):
     found = work(model, "kveraser", path=str(make_eraser("blind")))
-    assert found.flops == SPAN * (2 * WEIGHTS + 4 * (START + SPAN / 2) * LAYERS * HEADS * DIM)
+    assert found.flops == SPAN * (2 * WEIGHTS + 4 * (START + SPAN / 2) * (LAYERS - 1) * HEADS * DIM)
 
 
 def test_limits_are_measured(model):

@@ -47,9 +47,10 @@ def streams():
 
 
 @pytest.fixture
-def kv(buffers, streams):
+def kv(buffers, streams, monkeypatch):
+    monkeypatch.setattr(torch, "get_device_module", lambda device: streams)
     made = KVPool(buffers, SimpleNamespace(forward_stream=streams.named("forward")))
-    made._streams = streams
+    streams.told.clear()  # of the launch that compiles
     return made
 
 

@@ -1,6 +1,6 @@
 """What is remembered is bounded, and the newest stays."""
 
-from kv_retract.ledger.recent import MOST_CHARACTERS, SHORT, Recent, remembered
+from kv_retract.ledger.recent import MOST_CHARACTERS, SHORT, Kept, Recent, remembered
 from kv_retract.types import Message, ToolCall
 
 
@@ -80,3 +80,25 @@ def test_a_digest_is_that_of_all_fields_and_no_field_itself():
         assert twin == message and hash(twin) == hash(message) and twin.digest() == message.digest()
     other = dataclasses.replace(message, content="e")
     assert other.digest() != message.digest() and "_digest" not in dataclasses.asdict(message)
+
+
+def test_tool_calls_given_as_a_list_are_kept_as_a_tuple():
+    message = Message("assistant", "", tool_calls=[ToolCall("1", "f", "{}")])
+    assert message.tool_calls == (ToolCall("1", "f", "{}"),) and hash(message)
+
+
+def test_what_is_made_of_settings_is_made_anew_once_these_change():
+    import copy
+
+    made = []
+    kept = Kept(lambda *settings: made.append(settings) or len(made))
+    assert [kept.of(1, "a"), kept.of(1, "a"), kept.of(2, "a"), kept.of(1, "a")] == [1, 2 - 1, 2, 3]
+    assert copy.deepcopy(kept).of(1, "a") == 4, "a copy makes its own"
+
+
+def test_a_copy_of_a_memory_begins_empty():
+    import copy
+
+    memory = Recent(10)
+    memory.keep([("a", 1, 1)])
+    assert len(copy.deepcopy(memory)) == 0 and len(memory) == 1
