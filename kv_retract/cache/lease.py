@@ -70,6 +70,10 @@ class Lease:
         self._grow(np.stack([ids, slots]))
         return slots
 
+    def put(self, entry: int, token: int) -> None:
+        """Say which token an entry at the end holds, that was added before it was known."""
+        self._tail[0, entry - self._head.shape[1]] = token
+
     def replace_tail(self, page: int) -> None:
         """Let the entries of the tail page live in another page."""
         length = len(self)

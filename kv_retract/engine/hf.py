@@ -15,7 +15,7 @@ from ..cache.lease import Lease
 from ..cache.manager import CacheManager
 from ..cache.pool import PagedKVPool
 from ..cache.radix import RadixCache
-from ..errors import ColdTombstoneError, SpanError
+from ..errors import ColdTombstoneError, PoolExhaustedError, SpanError
 from ..types import EraseResult, Interval, SamplingParams
 from .attribution import check_attribution, strongest_shares
 from .base import (
@@ -36,6 +36,8 @@ from .working import Buffers, ModelRunner, WorkingSet
 
 _ANSWER_ROWS = 1024
 """Most rows that are reserved for an answer before it is decoded; a longer one moves its context now and then."""
+_ANSWER_SLOTS = 16
+"""Slots that an answer is given at a time."""
 
 
 class HFEngine(LocalEngine):
@@ -119,7 +121,8 @@ class HFEngine(LocalEngine):
             def forward(token: int) -> torch.Tensor:
                 nonlocal filled
                 with self.lock:
-                    logits = self._decode(lease, working, token, key.next_position + filled - len(key))
+                    position = key.next_position + filled - len(key)
+                    logits = self._decode(lease, working, filled, token, position, end=len(key) + sampling.max_tokens)
                     filled += 1
                 return logits
 
@@ -248,10 +251,17 @@ class HFEngine(LocalEngine):
         result = ExtendResult(logits=torch.cat(logits), num_cached_tokens=start, num_prefilled_tokens=n - start)
         return result, working
 
-    def _decode(self, lease: Lease, working: WorkingSet, token: int, position: int) -> torch.Tensor:
-        """Run one token; its KV stays in the working set."""
+    def _decode(
+        self, lease: Lease, working: WorkingSet, entry: int, token: int, position: int, *, end: int
+    ) -> torch.Tensor:
+        """Run one token as an entry of the lease, which is given slots for several; its KV stays in the working set."""
         ids = np.array([token])
-        self._manager.append(lease, ids)
+        if entry == len(lease):
+            try:
+                self._manager.append(lease, np.full(min(_ANSWER_SLOTS, max(1, end - entry)), token))
+            except PoolExhaustedError:
+                self._manager.append(lease, ids)
+        lease.put(entry, token)
         logits = self.runner.forward(working, ids, np.array([position]), np.array([working.length]))
         assert logits is not None, "no stop layer was asked for"
         return logits[0]

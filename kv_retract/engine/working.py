@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+import weakref
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from hashlib import sha256
@@ -72,6 +73,8 @@ class WorkingSet:
         length: rows in use.
     """
 
+    cache: Any = None
+    """Of transformers, over these rows; made by the first pass."""
     _buffers: Buffers | None = None
     _generation = 0
 
@@ -90,7 +93,7 @@ class WorkingSet:
         """Give the memory back; the rows are gone."""
         if self._buffers is not None:
             self._buffers.give(self.k, self.v, self._generation)
-            self._buffers, self.k, self.v = None, self.k[:, :0], self.v[:, :0]
+            self._buffers, self.cache, self.k, self.v = None, None, self.k[:, :0], self.v[:, :0]
 
     def __enter__(self) -> WorkingSet:
         return self
@@ -194,13 +197,18 @@ class ModelRunner:
         working.reserve(end)
         device = working.k.device
         where = torch.from_numpy(rows).to(device)
-        cache = Cache(layers=[_WorkingLayer(working, i, where, end, stop_layer) for i in range(self.num_layers)])
-        kwargs: dict[str, Any] = {self._cache_argument: cache, "use_cache": True}
+        if working.cache is None:
+            working.cache = Cache(layers=[_WorkingLayer(working, layer) for layer in range(self.num_layers)])
+        for layer in working.cache.layers:
+            layer.aim(where, end, stop_layer)
+        kwargs: dict[str, Any] = {self._cache_argument: working.cache, "use_cache": True}
         if self._takes_logits:
             kwargs["logits_to_keep"] = num_logits
         from_start = int(rows[0]) == 0 and end == n
         last_only = n == 1 and int(rows[0]) == end - 1
-        if visible is not None or not (from_start or last_only):
+        if visible is None and int(rows[0]) == end - n and not (from_start or last_only):
+            kwargs["attention_mask"] = causal_mask(n, end, working.k.dtype, device)[None, None]
+        elif visible is not None or not (from_start or last_only):
             seen = torch.arange(end, device=device)[None] <= where[:, None] if visible is None else visible.to(device)
             kwargs["attention_mask"] = additive_mask(seen, working.k.dtype)[None, None]
         try:
@@ -221,11 +229,15 @@ class _WorkingLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, working: WorkingSet, layer: int, rows: torch.Tensor, end: int, stop_layer: int | None) -> None:
+    def __init__(self, working: WorkingSet, layer: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._working, self._layer, self._rows, self._end = working, layer, rows, end
-        self._stop = layer == stop_layer
+        # The working set holds the layers: a circle would keep its memory until garbage is collected.
+        self._working, self._layer = weakref.proxy(working), layer
         self.is_initialized = True
+
+    def aim(self, rows: torch.Tensor, end: int, stop_layer: int | None) -> None:
+        """Say where the next pass writes, how many rows there are then, and whether it stops here."""
+        self._rows, self._end, self._stop = rows, end, self._layer == stop_layer
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -272,3 +284,10 @@ def additive_mask(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return a mask to add to attention scores: 0 where `seen`, else the lowest number. Shape as `seen`."""
     mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
     return mask.masked_fill_(~seen, torch.finfo(dtype).min)
+
+
+def causal_mask(num_tokens: int, end: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return the `additive_mask` of the last `num_tokens` of `end`, each of which sees what stands before it."""
+    mask = torch.zeros(num_tokens, end, dtype=dtype, device=device)
+    mask[:, end - num_tokens :].fill_(torch.finfo(dtype).min).triu_(1)
+    return mask

@@ -13,6 +13,7 @@ from kv_retract.engine.working import (
     WorkingSet,
     additive_mask,
     cache_argument_of,
+    causal_mask,
     fingerprint_of,
 )
 from kv_retract.testing.models import FAMILIES, tiny_model
@@ -120,6 +121,13 @@ def test_a_fingerprint_tells_other_weights():
     models = [tiny_model(), changed, permuted, reshaped, tiny_model(seed=1), *others]
     prints = [fingerprint_of(model) for model in models]
     assert len(set(prints)) == len(prints)
+
+
+def test_the_mask_of_the_last_tokens_is_that_of_all_rows_before_them():
+    rows = torch.arange(7, 12)
+    seen = torch.arange(12)[None] <= rows[:, None]
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(causal_mask(5, 12, dtype, torch.device("cpu")), additive_mask(seen, dtype))
 
 
 # -- memory ---------------------------------------------------------------------------------------------------------
