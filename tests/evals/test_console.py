@@ -124,10 +124,20 @@ def test_repeated(console):
 
 
 def test_latency(console):
-    rows = [{"arm": ARM, "depth": 0.1, "context": 4096, "edit_ms": 12.345, "speedup": 45.67}]
+    rows = [
+        {
+            "arm": ARM,
+            "depth": 0.1,
+            "context": 4096,
+            "edit_ms": 12.345,
+            "speedup": 45.67,
+            "floor_ms": 2.0,
+            "of_floor": 6.2,
+        }
+    ]
     print_latency({"rows": rows, "growth": [{"arm": ARM, "depth": 0.1, "growth": 1.5}]}, console)
     found = [line.split() for line in printed(console).splitlines() if line.split()[:1] == [ARM]]
-    assert found == [[ARM, "0.1", "4096", "12.3", "45.7"], [ARM, "0.1", "1.5"]]
+    assert found == [[ARM, "0.1", "4096", "12.3", "45.7", "2", "6.2"], [ARM, "0.1", "1.5"]]
 
 
 def test_shared(console):

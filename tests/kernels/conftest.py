@@ -7,7 +7,7 @@ import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are loaded
+    os.environ["TRITON_INTERPRET"] = "1"  # where there is a driver and no device that torch can use
 
 
 @pytest.fixture
