@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .machine import machine_name
 from .metrics import ALL
 from .report import number, share
 
@@ -30,7 +31,7 @@ def acre_table(data: Mapping[str, Any]) -> str:
         f"Share of answers that are exactly right: over all tasks at each length, then by task at {longest} windows, "
         f"like memory and time. Windows of {config['window']} tokens, split `{config['split']}`, {config['n']} threads "
         f"per task and length, up to {config['max_probes']} questions each, decoded greedily; model "
-        f"`{config['model']}`, {config['dtype']}, {machine['processor']} with {machine['threads']} threads. ± is one "
+        f"`{config['model']}`, {config['dtype']}, {machine_name(machine)}. ± is one "
         "standard error.",
     ]
     if cost:

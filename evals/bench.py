@@ -85,14 +85,7 @@ def bench_edit(
     from kv_retract.engine.hf import HFEngine
     from kv_retract.engine.models import load_model
 
-    if not 0 <= settings.depth <= 1:
-        raise BenchSettingError(f"expected a depth from 0 to 1, got {settings.depth}; pass another --depth")
-    start = int(settings.depth * settings.context)
-    if not (settings.span > 0 and start + settings.span <= settings.context and settings.repeats > 0):
-        raise BenchSettingError(
-            f"expected a span inside of the thread and at least one repetition, got {settings.span} tokens from token "
-            f"{start} on of {settings.context}, {settings.repeats} repetitions; pass a smaller --span or --depth"
-        )
+    start = _start_of(settings)
     specs = [spec for spec in settings.arms if spec.label != REFERENCE] + [Spec(REFERENCE)]
     made = [(spec, spec.create(ERASERS)) for spec in specs]
     erasers = {arm_label(spec, eraser): eraser for spec, eraser in made}
@@ -127,6 +120,19 @@ def bench_edit(
         "machine": describe_machine(settings.device),
         "versions": versions(),
     }
+
+
+def _start_of(settings: EditBench) -> int:
+    """Return where the span begins; raises BenchSettingError where it does not fit."""
+    if not 0 <= settings.depth <= 1:
+        raise BenchSettingError(f"expected a depth from 0 to 1, got {settings.depth}; pass another --depth")
+    start = int(settings.depth * settings.context)
+    if not (settings.span > 0 and start + settings.span <= settings.context and settings.repeats > 0):
+        raise BenchSettingError(
+            f"expected a span inside of the thread and at least one repetition, got {settings.span} tokens from token "
+            f"{start} on of {settings.context}, {settings.repeats} repetitions; pass a smaller --span or --depth"
+        )
+    return start
 
 
 def check_positions(loaded: LoadedModel, context: int) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .machine import machine_name
 from .report import number
 
 
 def edit_table(data: Mapping[str, Any]) -> str:
     """Return the edit of one long thread by eraser, and the least that it could take."""
+    machine = machine_name(data["machine"])
     lines = [
         "| eraser | edit, ms (median) | of `recompute` | times the least | next step, ms |",
         "|---|---|---|---|---|",
@@ -21,7 +23,7 @@ def edit_table(data: Mapping[str, Any]) -> str:
         "",
         f"Erasing {data['span']} tokens at {data['depth']:.0%} depth of a thread of {data['context']}; model "
         f"`{data['model']}` ({data['num_parameters'] / 1e6:.1f} M random parameters), {data['dtype']}, "
-        f"{_machine(data)}, torch {data['versions']['torch']}; {data['repeats']} repetitions, arms interleaved. The "
+        f"{machine}, torch {data['versions']['torch']}; {data['repeats']} repetitions, arms interleaved. The "
         f"least: bytes at the rate of a copy ({_rate(data['limits']['bytes_per_s'])}B/s), operations at that of a "
         f"matrix product ({_rate(data['limits']['flops_per_s'])}FLOP/s). A fork that goes on with "
         f"{data['next_tokens']} own tokens takes {data['fork_page_fraction']:.2%} of the thread's pages; "
@@ -32,6 +34,7 @@ def edit_table(data: Mapping[str, Any]) -> str:
 
 def step_table(data: Mapping[str, Any]) -> str:
     """Return a whole step by length: what is the model, and what is not."""
+    machine = machine_name(data["machine"])
     rows = data["rows"]
     stages = [name for name in rows[0]["stages_ms"] if name != "model"]
     lines = [
@@ -46,7 +49,7 @@ def step_table(data: Mapping[str, Any]) -> str:
         f"A step reads a tool result and decodes {data['answer']} tokens, through a session with "
         f"{len(cost['policies'])} detectors, a ledger file and an audit log, nothing to retract: medians of "
         f"{rows[0]['n']}, each stage without what it calls in others. Model `{data['model']}` "
-        f"({data['num_parameters'] / 1e6:.1f} M parameters), {data['dtype']}, {_machine(data)}. At {cost['tokens']} "
+        f"({data['num_parameters'] / 1e6:.1f} M parameters), {data['dtype']}, {machine}. At {cost['tokens']} "
         f"tokens ({cost['messages']} messages) the session adds {number(cost['overhead_ms'])} ms to a step of one "
         f"token that takes {number(cost['bare_ms'])} ms without it, and "
         f"{number(data['overhead']['no detectors']['overhead_ms'])} ms without detectors."
@@ -61,6 +64,7 @@ def _stage(rows: Any, name: str) -> str:
 
 def radix_table(data: Mapping[str, Any]) -> str:
     """Return the prefix index beside SGLang's."""
+    machine = machine_name(data["machine"])
     lines = [
         "| index | match, µs | insert, µs | kv_retract takes of its match | of its insert |",
         "|---|---|---|---|---|",
@@ -77,7 +81,7 @@ def radix_table(data: Mapping[str, Any]) -> str:
         f"{facts['threads']} agent threads with shared prefixes, {facts['calls']} calls, "
         f"{facts['tokens_asked'] / 1e6:.0f} M tokens asked for, {facts['hit_rate']:.0%} of them found; SGLang "
         f"{data['versions'].get('sglang', 'not measured')}, all in one process, in turns. Median call; shares are "
-        f"of the time of all calls. A match ends where the slots are there. {_machine(data)}; {data['repeats']} "
+        f"of the time of all calls. A match ends where the slots are there. {machine}; {data['repeats']} "
         "repetitions.",
     ]
     return "\n".join(lines) + "\n"
@@ -85,6 +89,7 @@ def radix_table(data: Mapping[str, Any]) -> str:
 
 def kernels_table(data: Mapping[str, Any]) -> str:
     """Return the kernels by size."""
+    machine = machine_name(data["machine"])
     lines = ["| kernel | tokens | by | ms | of a copy's rate | times the least |", "|---|---|---|---|---|---|"]
     for row in data["rows"]:
         share = "–" if row["of_copy"] is None else f"{row['of_copy']:.0%}"
@@ -94,7 +99,7 @@ def kernels_table(data: Mapping[str, Any]) -> str:
     lines += [
         "",
         f"A cache of {data['layers']} layers, {data['kv_heads']} KV heads of {data['head_dim']}, {data['dtype']}, "
-        f"pages of {data['page_size']}, slots in random order; {_machine(data)}, where a copy moves "
+        f"pages of {data['page_size']}, slots in random order; {machine}, where a copy moves "
         f"{_rate(limits['bytes_per_s'])}B/s. Medians of {data['repeats']}.",
     ]
     return "\n".join(lines) + "\n"
@@ -112,12 +117,6 @@ def memory_table(data: Mapping[str, Any]) -> str:
         f"of its own, whose keys and values alone are {number(data['own_kv_bytes'] / 1e6)} MB.",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _machine(data: Mapping[str, Any]) -> str:
-    machine = data["machine"]
-    name = machine.get("accelerator") or f"{machine['processor']} with {machine['threads']} threads"
-    return str(name)
 
 
 def _rate(value: float) -> str:

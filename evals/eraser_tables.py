@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .machine import machine_name
 from .report import number, share
 
 LEARNED = "kveraser"
@@ -80,8 +81,8 @@ def latency_table(data: Mapping[str, Any]) -> str:
     lines += [
         "",
         f"Erasing {data['span']} tokens at {depth:.0%} depth; model `{data['model']}` "
-        f"({data['num_parameters'] / 1e6:.1f} M parameters), {data['dtype']}, {data['machine']['processor']} with "
-        f"{data['machine']['threads']} threads; medians of {data['repeats']} repetitions, arms interleaved. The least, "
+        f"({data['num_parameters'] / 1e6:.1f} M parameters), {data['dtype']}, {machine_name(data['machine'])}; "
+        f"medians of {data['repeats']} repetitions, arms interleaved. The least, "
         "at the longest: bytes at the rate of a copy, operations at that of a matrix product.",
     ]
     return "\n".join(lines) + "\n"
@@ -104,7 +105,7 @@ def sglang_table(data: Mapping[str, Any]) -> str:
         "",
         f"Milliseconds of the withdrawal and of the next step's first token (in brackets, how many times as fast as "
         f"`plain`); {data['span']} tokens at {data['depth']:.0%} depth, model `{data['model']}`, "
-        f"{machine['processor']} with {machine['threads']} threads, medians of {data['repeats']}. Ordinary traffic "
+        f"{machine_name(machine)}, medians of {data['repeats']}. Ordinary traffic "
         f"runs at {number(ratio['median'])} ({number(ratio['min'])} to {number(ratio['max'])}) of its speed without "
         f"the plugin; arriving takes a request of 8192 tokens {costs} retractions in its thread.",
     ]

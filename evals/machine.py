@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,12 @@ def describe_machine(device: str) -> dict[str, Any]:
     if torch.device(device).type == "cuda":
         facts["accelerator"] = torch.cuda.get_device_name(torch.device(device))
     return facts
+
+
+def machine_name(machine: Mapping[str, Any]) -> str:
+    """Return how tables call what `describe_machine` described."""
+    name = machine.get("accelerator") or f"{machine['processor']} with {machine['threads']} threads"
+    return str(name)
 
 
 def versions() -> dict[str, str]:

@@ -26,6 +26,7 @@ from .eraser_tables import (
     sglang_table,
     shared_table,
 )
+from .machine import machine_name
 from .report import number
 
 _BLOCK = re.compile(r"(?P<begin><!-- table: (?P<name>[\w-]+) -->\n).*?(?P<end><!-- end of (?P=name) -->)", re.DOTALL)
@@ -78,7 +79,7 @@ def _replay(data: Mapping[str, Any]) -> str:
     machine = config["machine"]
     lines += [
         "",
-        f"Model `{config['model']}`, {config['dtype']}, {machine['processor']} with {machine['threads']} threads. "
+        f"Model `{config['model']}`, {config['dtype']}, {machine_name(machine)}. "
         "KL is from `recompute` over the next tokens of the trace; it and tokens are means per retraction step, times "
         "medians.",
     ]
@@ -168,7 +169,7 @@ def _heal(data: Mapping[str, Any]) -> str:
         "",
         f"From the step in which a policy finds a span to its next token: medians of {data['rows'][0]['n']}, ratios "
         f"pair by pair, arms interleaved. KL healed: the largest, from a fresh prefill without the span. Model "
-        f"`{data['model']}`, eraser `{data['eraser']}`, {machine['processor']} with {machine['threads']} threads. An "
+        f"`{data['model']}`, eraser `{data['eraser']}`, {machine_name(machine)}. An "
         f"ordinary step at {cost['tokens']} tokens ({cost['messages']} messages), with {len(cost['policies'])} "
         f"policies, a ledger file and an audit log, takes {number(cost['overhead_ms'])} ms more than rendering and "
         f"engine alone ({number(cost['bare_ms'])} ms).",

@@ -77,14 +77,15 @@ def create_cache(context: TreeCacheBuildContext) -> BasePrefixCache:
 
 def _unsupported(context: TreeCacheBuildContext) -> dict[str, bool]:
     args, pool = context.server_args, context.params.token_to_kv_pool_allocator.get_kvcache()
+    is_plain = type(pool).__name__ == "MHATokenToKVPool"
     return {
         "page sizes other than 1": context.params.page_size != 1,
         "a disabled radix cache": context.disable_radix_cache,
         "tensor parallelism": context.tp_size != 1,
         "sliding-window attention": context.is_hybrid_swa,
         "Mamba layers": context.is_hybrid_ssm,
-        "latent attention (MLA)": type(pool).__name__ != "MHATokenToKVPool",
-        "keys and values of different or unusual shapes": _has_odd_shapes(pool),
+        "latent attention (MLA)": not is_plain,
+        "keys and values of different or unusual shapes": is_plain and _has_odd_shapes(pool),
         "a hierarchical cache": context.enable_hierarchical_cache,
         "an external cache linker": bool(getattr(args, "enable_unified_cache_external_linker", False)),
         "speculative decoding": getattr(args, "speculative_algorithm", None) is not None,
@@ -99,7 +100,7 @@ def _unsupported(context: TreeCacheBuildContext) -> dict[str, bool]:
 
 def _has_odd_shapes(pool: Any) -> bool:
     """Whether a pool's layers are no tensors of (slot, head, dimension), keys as values, that follow each other."""
-    layers = [*getattr(pool, "k_buffer", ()), *getattr(pool, "v_buffer", ())]
+    layers = [*pool.k_buffer, *pool.v_buffer]
     return any(x.dim() != 3 or x.shape != layers[0].shape or not x.is_contiguous() for x in layers)
 
 

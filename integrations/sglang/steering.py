@@ -48,13 +48,13 @@ class Steering:
         self._runner, self._kv, self._net = runner, kv, load_net(Path(folder), str(runner.device))
         self._rotary = _rotary_of(runner.model, runner.device)
         self._adapters: Adapters | None = None
-        if self.variant == "kv_map":  # once on the padding slot, so that nothing is compiled while requests wait
-            slot = torch.zeros(1, dtype=torch.int64, device=kv.paged.device)
-            kv.map(slot, slot, slot, self._net.weights, self._rotary)
         if self.variant != "kv_map":
             self._adapters = ADAPTERS[adapters](self._net, runner)
         elif adapters != "hooks":
             raise UnsupportedError(f"the eraser kv_map has no adapters, so adapters={adapters!r} has no meaning for it")
+        else:  # once on the padding slot, so that nothing is compiled while requests wait
+            slot = torch.zeros(1, dtype=torch.int64, device=kv.paged.device)
+            kv.map(slot, slot, slot, self._net.weights, self._rotary)
 
     def write(
         self, ids: Sequence[int], spans: Sequence[Interval], slots: torch.Tensor, staged: torch.Tensor

@@ -39,12 +39,12 @@ class Lease:
 
     @property
     def ids(self) -> IntArray:
-        """Ids so far; a view that is valid until the lease grows."""
+        """Ids so far, until the lease grows; not to be written."""
         return self._row(0)
 
     @property
     def slots(self) -> IntArray:
-        """Slots so far, NO_SLOT for hidden tombstones; a view that is valid until the lease grows."""
+        """Slots so far, until the lease grows; NO_SLOT for hidden tombstones. Not to be written."""
         return self._row(1)
 
     @property

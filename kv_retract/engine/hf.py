@@ -132,17 +132,7 @@ class HFEngine(LocalEngine):
             )  # fmt: skip
         finally:
             with self.lock:
-                keep = min(filled, len(key))
-                try:
-                    if working is not None and filled > len(key):
-                        # Once for the whole answer: nobody else reads its slots before the lease is released.
-                        rows = slice(answer_from, answer_from + filled - len(key))
-                        self._pool.write(lease.slots[len(key) : filled], working.k[:, rows], working.v[:, rows])
-                        keep = filled
-                finally:
-                    self._manager.release(lease, keep=keep)
-                    if working is not None:
-                        working.close()
+                self._end(lease, working, answer_from, len(key), filled)
 
     def erase(
         self, key: ThreadKey, spans: Sequence[Interval], eraser: SupportsErase, new_key: ThreadKey
@@ -265,6 +255,22 @@ class HFEngine(LocalEngine):
         logits = self.runner.forward(working, ids, np.array([position]), np.array([working.length]))
         assert logits is not None, "no stop layer was asked for"
         return logits[0]
+
+    def _end(self, lease: Lease, working: WorkingSet | None, row: int, start: int, filled: int) -> None:
+        """Write the KV of an answer, the entries from `start` on and rows from `row` on, and end its sequence.
+
+        Once for the whole answer: nobody else reads its slots before the lease is released.
+        """
+        keep = min(start, filled)
+        try:
+            if working is not None and filled > start:
+                rows = slice(row, row + filled - start)
+                self._pool.write(lease.slots[start:filled], working.k[:, rows], working.v[:, rows])
+                keep = filled
+        finally:
+            self._manager.release(lease, keep=keep)
+            if working is not None:
+                working.close()
 
     def _edit(
         self, key: ThreadKey, cached: int, spans: list[Interval], eraser: SupportsErase, new_key: ThreadKey

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen2Config
 from transformers.utils import logging as hf_logging
 
 from ..errors import DeviceError, UnknownNameError, UnsupportedModelError
@@ -155,14 +153,16 @@ def random_model_200m(*, device: str = "cpu", dtype: str = "float32", seed: int 
 @MODELS.register("random-8b")
 def random_model_8b(*, device: str = "cpu", dtype: str = "float32", seed: int = 0) -> LoadedModel:
     """Draw a random model of Qwen3-8B's shape, 7 B parameters without its vocabulary, for timings on a GPU."""
+    # Drawn where it is to lie: as float32 on the host it would need 28 GB.
     return _random(
-        "random-8b", 4096, device, dtype, seed, num_layers=36, num_heads=32, num_kv_heads=8, max_positions=131_072 + 64
-    )
+        "random-8b", 4096, device, dtype, seed, num_layers=36, num_heads=32, num_kv_heads=8,
+        max_positions=131_072 + 64, in_place=True,
+    )  # fmt: skip
 
 
 def _random(
     name: str, hidden_size: int, device: str, dtype: str, seed: int, *, num_layers: int = 4, num_heads: int = 4,
-    num_kv_heads: int = 2, max_positions: int = 32_768,
+    num_kv_heads: int = 2, max_positions: int = 32_768, in_place: bool = False,
 ) -> LoadedModel:  # fmt: skip
     tokenizer = load_reference_tokenizer()
     shape: dict[str, Any] = dict(
@@ -183,21 +183,10 @@ def _random(
         pad_token_id=tokenizer.pad_token_id,
         attn_implementation="sdpa",
     )
-    # A large model is drawn where it is to lie: as float32 on the host it would need 28 GB.
-    where, drawn = (device, _DTYPES[dtype]) if num_layers > 16 else ("cpu", torch.float32)
-    with torch.random.fork_rng(devices=[]), torch.device(where), _default_dtype(drawn):
+    drawn = (device, _DTYPES[dtype]) if in_place else ("cpu", torch.float32)
+    with torch.random.fork_rng(devices=[]), torch.device(drawn[0]):
         torch.manual_seed(seed)
-        model: Any = Qwen2ForCausalLM(Qwen2Config(**shape))
+        model: Any = AutoModelForCausalLM.from_config(Qwen2Config(**shape), dtype=drawn[1])
     return LoadedModel(
         model.to(device=device, dtype=_DTYPES[dtype]).eval(), tokenizer, name, is_random=True, quality_note=_RANDOM_NOTE
     )
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
