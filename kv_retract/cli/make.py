@@ -78,6 +78,7 @@ def train_eraser(
     start: Annotated[Path | None, typer.Option("--from", help="Folder of an eraser to train further.")] = None,
     device: Device = "cpu",
     dtype: DtypeOption = Dtype.BFLOAT16,
+    validate_every: Annotated[int, typer.Option(min=1, help="Steps between validations.")] = 200,
     minutes: Annotated[float | None, typer.Option(min=0, help="Stop with a checkpoint after so long.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -96,7 +97,8 @@ def train_eraser(
     loaded = load_model(model, device=device, dtype=dtype.value)
     with progress_bar("steps") as tick:
         done = run(
-            loaded, settings, out, texts=texts, start=start, seconds=minutes and minutes * 60, progress=tick
+            loaded, settings, out, texts=texts, start=start, seconds=minutes and minutes * 60,
+            validate_every=validate_every, progress=tick,
         )  # fmt: skip
     _draw(
         out, losses={"kl": "KL to full recomputation"}, shares=("affected", "leak", "unaffected"),

@@ -14,7 +14,7 @@ from ..engine.models import LoadedModel
 from ..engine.support import inspect_model
 from ..erasers import KVEraserEraser
 from ..erasers.kveraser.config import KVEraserConfig
-from ..erasers.kveraser.model import SteeringNet, load_net, new_net
+from ..erasers.kveraser.model import MapNet, SteeringNet, load_net, new_net
 from ..errors import EraserMismatchError
 from .corpus import training_families
 from .edits import EditRow
@@ -23,7 +23,7 @@ from .eraser_batches import draw_edit, edit_batches
 from .eraser_config import EraserTraining
 from .frozen import begun_with, train_beside
 from .rendered import encoder_for
-from .steering import EditBatch, collate_edits, edit_loss, student_logits, teacher_logits
+from .steering import EditBatch, ReadBatch, collate_edits, edit_loss, read, student_logits
 
 VALIDATION_LENGTHS = (300, 1500, 4000)
 """Tokens of the threads of a validation: what is best on short ones alone leaks on long ones (evals/LOG.md)."""
@@ -40,10 +40,10 @@ def measure(model: Any, net: Any, rows: Sequence[EditRow], config: EraserTrainin
     """
     counts: dict[str, list[float]] = {}
     for row in rows:
-        batch = collate_edits([row], weights=config.weights).to(model.device)
-        teacher, student = teacher_logits(model, batch), student_logits(model, net, batch, rotary=rotary)
-        counts.setdefault("kl", []).append(float(edit_loss(student, teacher, batch)))
-        best, wanted, at = student[0].argmax(-1).cpu(), teacher[0].argmax(-1).cpu(), 0
+        known = read(model, collate_edits([row], weights=config.weights).to(model.device))
+        student = student_logits(model, net, known.batch, rotary=rotary, cache=known.cache)
+        counts.setdefault("kl", []).append(float(edit_loss(student, known.teacher, known.batch)))
+        best, wanted, at = student[0].argmax(-1).cpu(), known.teacher[0].argmax(-1).cpu(), 0
         for query in row.queries:
             ids = torch.from_numpy(query.ids)
             span = slice(at + query.first - 1, at + len(query.ids) - 1)
@@ -105,11 +105,15 @@ def train_eraser(
         variant=config.variant, rank=config.rank, scale=config.scale, hidden=config.hidden,
         fingerprint=config.base, base=loaded.name,
     )  # fmt: skip
-    net = (_fresh_net(model, eraser, config.seed) if start is None else _net_of(start, eraser)).to(model.device)
+    net = _fresh_net(model, eraser, config.seed) if start is None else _net_of(start, eraser, config.seed)
+    net = net.to(model.device)
 
-    def step_of(batch: EditBatch) -> tuple[torch.Tensor, dict[str, float]]:
-        batch = batch.to(model.device)
-        loss = edit_loss(student_logits(model, net, batch, rotary=rotary), teacher_logits(model, batch), batch)
+    def prepared(batch: EditBatch) -> ReadBatch:
+        return read(model, batch.to(model.device))
+
+    def step_of(known: ReadBatch) -> tuple[torch.Tensor, dict[str, float]]:
+        student = student_logits(model, net, known.batch, rotary=rotary, cache=known.cache)
+        loss = edit_loss(student, known.teacher, known.batch)
         return loss, {"kl": float(loss.detach())}
 
     return train_beside(
@@ -118,7 +122,7 @@ def train_eraser(
         config,
         out,
         "eraser",
-        batches=lambda step: edit_batches(config, encoder, ids, start=step),
+        batches=lambda step: edit_batches(config, encoder, ids, start=step, prepared=prepared),
         step_of=step_of,
         save=net.save,
         validate=(lambda: validation_of(model, net, config, encoder, rotary, n=validation)) if validation else None,
@@ -157,14 +161,20 @@ def _fresh_net(model: Any, config: KVEraserConfig, seed: int) -> SteeringNet:
     return net
 
 
-def _net_of(folder: Path, config: KVEraserConfig) -> SteeringNet:
+def _net_of(folder: Path, config: KVEraserConfig, seed: int) -> SteeringNet:
     """Return the net of the eraser in a folder, which has to be the one that a run describes, to train it further.
+
+    A map may have fewer hidden units than the run describes: it gets more.
 
     Raises:
         EraserMismatchError: there is none, or another one.
     """
     net: SteeringNet = load_net(folder)
     net.config.check_base(config.fingerprint)
+    if isinstance(net, MapNet) and net.config.hidden < config.hidden:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            net = net.widened(config.hidden)
     found, wanted = net.config.to_json(), config.to_json()
     if different := sorted(name for name in wanted if name != "base" and found[name] != wanted[name]):
         raise EraserMismatchError(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from .config import longest_at
 from .corpus import generate, training_families
@@ -20,20 +21,54 @@ MOST_FACTS = 24
 
 
 def edit_batches(
-    config: EraserTraining, encoder: RowEncoder, texts: Sequence[IntArray], *, start: int = 0
-) -> Iterator[EditBatch]:
-    """Yield the batches from step `start` on, `accumulate` each; they depend on configuration, texts and step only."""
-    for number in range(start * config.accumulate, config.steps * config.accumulate):
-        step, rng = number // config.accumulate, random.Random(f"eraser/{config.seed}/{number}")
-        length = max(200, int(longest_at(config.lengths, step / config.steps) * rng.choice((0.25, 0.5, 1.0))))
-        pretrain = step < config.first_stage_steps
-        rows = []
-        for _ in range(max(1, config.batch_tokens // length)):
-            is_text = pretrain or rng.random() < config.text_share
-            rows.append(
-                _text_row(config, encoder, texts, length, rng) if is_text else draw_edit(config, encoder, length, rng)
-            )
-        yield collate_edits(rows, weights=config.weights)
+    config: EraserTraining,
+    encoder: RowEncoder,
+    texts: Sequence[IntArray],
+    *,
+    start: int = 0,
+    prepared: Callable[[EditBatch], Any] = lambda batch: batch,
+) -> Iterator[Any]:
+    """Yield the batches from step `start` on, `accumulate` each; they depend on configuration, texts and step only.
+
+    Args:
+        config: of the run.
+        encoder: of the model's tokenizer.
+        texts: real text.
+        start: first step.
+        prepared: what is made of each, once for all times that it is learnt from.
+    """
+    kept: dict[int, Any] = {}
+    for number, again in _numbers(config, start * config.accumulate):
+        if number not in kept:
+            kept[number] = prepared(_batch(config, encoder, texts, number))
+        yield kept[number] if again else kept.pop(number)
+
+
+def _numbers(config: EraserTraining, start: int) -> Iterator[tuple[int, bool]]:
+    """Yield which batch is learnt from at each place, from `start` on, and whether it will be again.
+
+    In rounds: `kept_batches` new ones in order, then the same in another order, `reuse` times in all.
+    """
+    for place in range(start, config.steps * config.accumulate):
+        turn, within = divmod(place, config.kept_batches * config.reuse)
+        time, index = divmod(within, config.kept_batches)
+        order = list(range(config.kept_batches))
+        if time:
+            random.Random(f"order/{config.seed}/{turn}/{time}").shuffle(order)
+        yield turn * config.kept_batches + order[index], time + 1 < config.reuse
+
+
+def _batch(config: EraserTraining, encoder: RowEncoder, texts: Sequence[IntArray], number: int) -> EditBatch:
+    step, rng = number * config.reuse // config.accumulate, random.Random(f"eraser/{config.seed}/{number}")
+    length = max(200, int(longest_at(config.lengths, step / config.steps) * rng.choice((0.25, 0.5, 1.0))))
+    pretrain = step < config.first_stage_steps
+    rows = []
+    for _ in range(max(1, config.batch_tokens // length)):
+        is_text = pretrain or rng.random() < config.text_share
+        rows.append(
+            _text_row(config, encoder, texts, length, rng) if is_text else draw_edit(config, encoder, length, rng)
+        )
+    return collate_edits(rows, weights=config.weights)
 
 
 def draw_edit(
@@ -47,7 +82,8 @@ def draw_edit(
             mentions=rng.choice((0.5, 0.8, 1.0)),
         )  # fmt: skip
         possible = sorted(choose_spans(sample, rng, share=1.0))
-        spans = set(rng.sample(possible, min(len(possible), log_uniform(config.most_spans, rng))))
+        alone = config.single_share and rng.random() < config.single_share
+        spans = set(rng.sample(possible, 1 if alone else min(len(possible), log_uniform(config.most_spans, rng))))
         affected = [probe for probe in sample.probes if spans & set(probe.without)]
         others = [probe for probe in sample.probes if not spans & set(probe.without)]
         if spans and all(len(spans & set(probe.without)) == 1 for probe in affected):

@@ -30,6 +30,11 @@ class EraserTraining:
     """Tokens of the threads of a batch."""
     accumulate: int = 1
     """Batches of an optimizer step."""
+    reuse: int = 1
+    """How often a batch is learnt from. Reading its threads and asking the teacher, four fifths of the work at 4,096
+    tokens, is done once."""
+    kept_batches: int = 256
+    """Batches that are kept for that: each takes the memory of its threads' states."""
     lengths: tuple[tuple[float, int], ...] = ((0.0, 512), (0.1, 1024), (0.3, 2048), (0.6, 4096))
     """From this share of the steps on, threads are up to so many tokens long."""
     learning_rate: float = 2e-3
@@ -46,6 +51,8 @@ class EraserTraining:
     """Share of their spans that are whole turns, calls or tool results, not random pieces (evals/LOG.md)."""
     most_spans: int = 16
     """Spans that are erased together, at most; few are as likely as many."""
+    single_share: float = 0.0
+    """Share of threads of the corpus in which one span is erased alone, whatever chance says."""
     most_probes: int = 12
     """Per thread; at most half of them are affected."""
     patience: int = 0
@@ -65,12 +72,15 @@ class EraserTraining:
             raise ConfigError(f"expected a stage of {', '.join(get_args(Stage))}, got {self.stage!r}")
         check_lengths(self.lengths)
         check_restarts(self.restarts)
-        sizes = ("rank", "hidden", "steps", "batch_tokens", "accumulate", "most_spans", "most_probes")
+        sizes = (
+            "rank", "hidden", "steps", "batch_tokens", "accumulate", "reuse", "kept_batches", "most_spans",
+            "most_probes",
+        )  # fmt: skip
         if small := [name for name in sizes if getattr(self, name) < 1]:
             raise ConfigError(f"expected {', '.join(small)} of at least 1")
         if self.pretrain_steps < 0 or self.finetune_steps < 0 or self.affected_weight < 0:
             raise ConfigError("expected pretrain_steps, finetune_steps and affected_weight of at least 0")
-        for name in ("text_share", "real_share", "turn_share"):
+        for name in ("text_share", "real_share", "turn_share", "single_share"):
             if not 0 <= (share := getattr(self, name)) <= 1:
                 raise ConfigError(f"expected a {name} from 0 to 1, got {share}")
 

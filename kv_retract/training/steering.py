@@ -55,6 +55,17 @@ class EditBatch:
         return EditBatch(*(getattr(self, name).to(device) for name in self.__slots__))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ReadBatch:
+    """A batch, and what the frozen model makes of it: most of the work of a step, and the same whatever is learnt."""
+
+    batch: EditBatch
+    cache: DynamicCache
+    """States of the threads; not to be extended."""
+    teacher: torch.Tensor
+    """See `teacher_logits`."""
+
+
 def collate_edits(rows: Sequence[EditRow], *, weights: dict[str, float]) -> EditBatch:
     """Pad rows on the right.
 
@@ -112,6 +123,16 @@ def collate_edits(rows: Sequence[EditRow], *, weights: dict[str, float]) -> Edit
     return EditBatch(*map(torch.from_numpy, arrays))
 
 
+def read(model: Any, batch: EditBatch) -> ReadBatch:
+    """Return a batch with the states of its threads and what the teacher says.
+
+    Args:
+        model: frozen.
+        batch: rows, on the model's device.
+    """
+    return ReadBatch(batch, _prefill(model, batch.thread), teacher_logits(model, batch))
+
+
 @torch.no_grad()
 def teacher_logits(model: Any, batch: EditBatch, *, whole: bool = False) -> torch.Tensor:
     """Return logits of the queries behind the thread that never had the spans: full recomputation.
@@ -132,8 +153,9 @@ def teacher_logits(model: Any, batch: EditBatch, *, whole: bool = False) -> torc
 
 
 def student_logits(
-    model: Any, net: Any, batch: EditBatch, *, rotary: Rotary | None = None, whole: bool = False
-) -> torch.Tensor:
+    model: Any, net: Any, batch: EditBatch, *, rotary: Rotary | None = None, cache: DynamicCache | None = None,
+    whole: bool = False,
+) -> torch.Tensor:  # fmt: skip
     """Return logits of the queries on the edited cache, with gradients of the net's parameters.
 
     Args:
@@ -141,6 +163,7 @@ def student_logits(
         net: an `AdapterNet` or a `MapNet`.
         batch: rows.
         rotary: of the model; for a `MapNet`.
+        cache: states of the threads (`ReadBatch`), left as they are. None: they are prefilled.
         whole: one pass over everything instead of a prefill first; adapters only.
 
     Returns:
@@ -153,20 +176,20 @@ def student_logits(
         visible[:, :num_span, : batch.thread.shape[1]] |= batch.outside[:, None] & batch.is_span[..., None]
     if net.config.variant == "kv_map":
         assert rotary is not None and not whole, "a map has no forward pass of its own"
-        mapped = _mapped(_prefill(model, batch.thread), net, batch, rotary)
+        mapped = _mapped(_prefill(model, batch.thread) if cache is None else cache, net, batch, rotary)
         mask = additive_mask(visible[:, num_span:], model.dtype)[:, None]
         return _logits(model, batch.queries, batch.positions, mask, num_query, mapped)
     ids = torch.cat([batch.span_ids, batch.queries], dim=1)
     positions = torch.cat([batch.span_index, batch.positions], dim=1)
     gate = torch.cat([batch.is_span, torch.zeros_like(batch.queries, dtype=torch.bool)], dim=1)
-    cache: Any = None
+    longer: Any = None
     if whole:
         ids, positions, visible = _with_prefix(batch.thread, ids, positions, visible)
         gate = torch.cat([torch.zeros_like(batch.thread, dtype=torch.bool), gate], dim=1)
     else:
-        cache = _prefill(model, batch.thread)
+        longer = _prefill(model, batch.thread) if cache is None else _copied(cache)
     with net.attached(model, gate):
-        return _logits(model, ids, positions, additive_mask(visible, model.dtype)[:, None], num_query, cache)
+        return _logits(model, ids, positions, additive_mask(visible, model.dtype)[:, None], num_query, longer)
 
 
 def edit_loss(student: torch.Tensor, teacher: torch.Tensor, batch: EditBatch) -> torch.Tensor:
@@ -194,6 +217,14 @@ def _prefill(model: Any, ids: torch.Tensor) -> DynamicCache:
     with torch.no_grad():
         model(input_ids=ids, logits_to_keep=1, **{cache_argument_of(model): cache, "use_cache": True})
     return cache
+
+
+def _copied(cache: DynamicCache) -> DynamicCache:
+    result = DynamicCache()
+    layers: Any = cache.layers
+    for number, layer in enumerate(layers):
+        result.update(layer.keys, layer.values, number)
+    return result
 
 
 def _mapped(cache: DynamicCache, net: Any, batch: EditBatch, rotary: Rotary) -> DynamicCache:

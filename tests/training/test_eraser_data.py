@@ -45,6 +45,16 @@ def test_drawn_edits_ask_about_what_is_erased_and_about_what_is_not(encoder):
     assert counts >= {1, 2, 3} and kinds == {"affected", "unaffected"}
 
 
+def test_a_share_of_the_threads_has_one_span_erased_alone(encoder):
+    def alone(share):
+        config = replace(CONFIG, single_share=share)
+        counts = [len(draw_edit(config, encoder, 400, random.Random(seed)).spans) for seed in range(60)]
+        return counts.count(1) / len(counts)
+
+    assert alone(1.0) == 1
+    assert alone(0.0) + 0.15 < alone(0.6) < 1
+
+
 @pytest.mark.parametrize("family", training_families())
 def test_a_family_may_be_asked_for(encoder, family):
     """The same chance draws the same; another family something else."""

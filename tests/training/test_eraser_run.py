@@ -68,6 +68,33 @@ def test_a_step_may_have_several_batches(encoder):
     assert all(same(a, b) for a, b in zip(edit_batches(config, encoder, [], start=4), whole[8:], strict=True))
 
 
+def test_batches_are_learnt_from_again_in_rounds_and_prepared_once(encoder):
+    """Rounds of 4 batches, each learnt from three times, the last one cut short by the end of the run."""
+    config, made = replace(SMALL, finetune_steps=16, reuse=3, kept_batches=4), []
+
+    def prepared(batch):
+        made.append(batch)
+        return batch
+
+    whole = list(edit_batches(config, encoder, [], prepared=prepared))
+    numbers = [next(i for i, batch in enumerate(made) if batch is found) for found in whole]
+    assert len(whole) == 18 and len(made) == 8, "prepared once each"
+    assert numbers[:4] == [0, 1, 2, 3] and numbers[12:16] == [4, 5, 6, 7], "new ones come in order"
+    assert sorted(numbers[:12]) == sorted([0, 1, 2, 3] * 3) and numbers[4:12] != [0, 1, 2, 3] * 2
+    assert not any(same(a, b) for i, a in enumerate(made) for b in made[:i])
+    for step in (3, 5, 11, 14):
+        assert all(same(a, b) for a, b in zip(edit_batches(config, encoder, [], start=step), whole[step:], strict=True))
+
+
+def test_a_run_that_learns_from_batches_again_in_pieces_equals_an_uninterrupted_one(run, tmp_path):
+    config = replace(SMALL, variant="kv_map", reuse=2, kept_batches=2, accumulate=2)
+    run(config, tmp_path / "whole")
+    while not (tmp_path / "pieces" / "eraser").exists():
+        run(config, tmp_path / "pieces", seconds=0.0)
+    whole, pieces = state(tmp_path / "whole"), state(tmp_path / "pieces")
+    assert all(torch.equal(whole[name], pieces[name]) for name in whole)
+
+
 def test_stages(encoder):
     def affected(config):
         return [bool((batch.weight == SMALL.affected_weight).any()) for batch in edit_batches(config, encoder, [])]
@@ -194,6 +221,17 @@ def test_an_eraser_is_trained_further(run, tmp_path, variant):
         run(given, tmp_path / "other")
 
 
+def test_a_map_gets_more_hidden_units_where_a_run_describes_them(run, tmp_path):
+    run(replace(SMALL, variant="kv_map"), tmp_path / "first")
+    config = replace(SMALL, variant="kv_map", hidden=24, learning_rate=0.0, seed=3)
+    run(config, tmp_path / "wider", start=tmp_path / "first" / "eraser")
+    first, wider = state(tmp_path / "first"), state(tmp_path / "wider")
+    assert wider["w1"].shape[-1] == 24 and torch.equal(wider["w1"][..., :16], first["w1"])
+    assert torch.equal(wider["w2"][:, :16], first["w2"]) and not wider["w2"][:, 16:].any()
+    assert bool(wider["w1"][..., 16:].any()), "new units are drawn"
+    assert KVEraserEraser(path=str(tmp_path / "wider" / "eraser")).config.hidden == 24
+
+
 def test_only_an_eraser_of_the_same_model_and_shape_is_trained_further(run, loaded, tiny, model_of, tmp_path):
     run(replace(SMALL, variant="kv_map"), tmp_path / "first")
     eraser = tmp_path / "first" / "eraser"
@@ -220,6 +258,8 @@ def test_configurations(tmp_path):
         ({"lengths": ()}, "lengths that begin at 0"),
         ({"restarts": ((0.0, 1e-3),)}, "restarts at ascending shares"),
         ({"finetune_steps": 0, "pretrain_steps": 0}, "of at least 1"),
+        ({"reuse": 0, "kept_batches": 0}, "reuse, kept_batches of at least 1"),
+        ({"single_share": 1.5}, "a single_share from 0 to 1, got 1.5"),
     ):
         with pytest.raises(ConfigError, match=told):
             read_eraser_training(None, **given)

@@ -12,7 +12,7 @@ from kv_retract.erasers.kveraser.model import new_net
 from kv_retract.training.edits import edit_of_text
 from kv_retract.training.eraser_batches import draw_edit
 from kv_retract.training.eraser_config import EraserTraining
-from kv_retract.training.steering import collate_edits, edit_loss, student_logits, teacher_logits
+from kv_retract.training.steering import collate_edits, edit_loss, read, student_logits, teacher_logits
 
 WEIGHTS = EraserTraining().weights
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
@@ -69,6 +69,18 @@ def test_a_fresh_student_reads_the_thread_as_it_is(model, rows, rotary, variant)
             ids = torch.from_numpy(np.concatenate([row.thread[: query.sees], query.ids]))
             plain = model(ids[None]).logits[0, -len(query.ids) :]
             torch.testing.assert_close(found[place], plain, atol=1e-4, rtol=0)
+
+
+@each_variant
+def test_a_batch_that_was_read_before_is_edited_again_and_again(model, rows, rotary, variant):
+    """The same logits as without, and nothing of an edit is left for the next one."""
+    known = read(model, collate_edits(rows, weights=WEIGHTS))
+    net, states = net_of(model, variant, spread=0.05), [layer.keys.clone() for layer in known.cache.layers]
+    fresh = student_logits(model, net, known.batch, rotary=rotary)
+    for _ in range(2):
+        assert torch.equal(student_logits(model, net, known.batch, rotary=rotary, cache=known.cache), fresh)
+    assert all(torch.equal(layer.keys, old) for layer, old in zip(known.cache.layers, states, strict=True))
+    assert torch.equal(known.teacher, teacher_logits(model, known.batch))
 
 
 @each_variant

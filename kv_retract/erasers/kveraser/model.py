@@ -9,6 +9,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,19 @@ class MapNet(SteeringNet):
         """Return a map that takes the weights of a saved one."""
         heads, size, _ = weights["w1"].shape
         return cls(config, heads, size // 2)
+
+    def widened(self, hidden: int) -> MapNet:
+        """Return a map with more hidden units that computes the same; the new ones are those of a fresh map.
+
+        Args:
+            hidden: of the new map, at least as many as this one has.
+        """
+        wider = MapNet(replace(self.config, hidden=hidden), len(self.w1), self.w1.shape[1] // 2)
+        units = self.config.hidden
+        with torch.no_grad():
+            wider.w1[..., :units], wider.b1[..., :units] = self.w1, self.b1
+            wider.w2[:, :units], wider.b2[:] = self.w2, self.b2
+        return wider
 
     @property
     def weights(self) -> HeadMap:
