@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from kv_retract.training.samples import CorpusSample
 
 ARMS = (
-    Spec("none"), Spec("mask"), Spec("shift"), Spec("repair"), Spec("selective"), Spec("erratum"), Spec(REFERENCE),
+    Spec("none"), Spec("mask"), Spec("shift"), Spec("repair"), Spec("selective"), Spec("erratum"), Spec("in_place"),
+    Spec(REFERENCE),
     *(Spec("kveraser", {"variant": variant}) for variant in ("blind", "suffix_aware", "kv_map")),
 )  # fmt: skip
 LENGTHS = (256, 1024, 2048)

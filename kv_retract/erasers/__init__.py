@@ -2,6 +2,7 @@
 
 from .base import ERASERS, EditCost, EditShape, Eraser, register_eraser
 from .erratum import ErratumEraser
+from .in_place import InPlaceEraser
 from .kveraser import KVEraserEraser
 from .mask import MaskEraser
 from .none import NoneEraser
@@ -16,6 +17,7 @@ __all__ = [
     "EditShape",
     "Eraser",
     "ErratumEraser",
+    "InPlaceEraser",
     "KVEraserEraser",
     "MaskEraser",
     "NoneEraser",

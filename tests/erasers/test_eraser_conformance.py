@@ -7,6 +7,7 @@ from kv_retract.engine.working import fingerprint_of
 from kv_retract.erasers import (
     ERASERS,
     ErratumEraser,
+    InPlaceEraser,
     KVEraserEraser,
     MaskEraser,
     NoneEraser,
@@ -21,7 +22,7 @@ from kv_retract.testing.erasers import EraserConformance
 from kv_retract.testing.models import tiny_model
 
 BUILT_IN = [
-    ErratumEraser(), MaskEraser(), NoneEraser(), RecomputeEraser(), RepairEraser(tokens=6),
+    ErratumEraser(), InPlaceEraser(), MaskEraser(), NoneEraser(), RecomputeEraser(), RepairEraser(tokens=6),
     SelectiveEraser(), ShiftEraser(),
 ]  # fmt: skip
 

@@ -10,6 +10,7 @@ from kv_retract.cache.keys import KeyEdit, build_key
 from kv_retract.engine.hf import HFEngine
 from kv_retract.erasers import (
     ErratumEraser,
+    InPlaceEraser,
     MaskEraser,
     NoneEraser,
     RecomputeEraser,
@@ -68,6 +69,19 @@ def test_recompute_equals_a_fresh_prefill_without_the_span(family, where, page_s
     cached = min(engine.cached(new), fresh.cached(build_key(left, ())))
     for got, wanted in zip(engine.read_kv(new, 0, cached), fresh.read_kv(new, 0, cached), strict=True):
         report("kv", got, wanted, 1e-4)
+
+
+@pytest.mark.parametrize("where", SPANS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_place_equals_a_fresh_prefill_with_a_gap_in_positions(family, where):
+    model, ids, spans = tiny_model(family), thread_ids(), SPANS[where]
+    engine = HFEngine(model, max_tokens=512, chunk_size=13)
+    new, result = erase(engine, ids, spans, InPlaceEraser())
+    kept = keep(spans)
+    places = np.concatenate([kept, 80 + np.arange(len(NEW))])
+    want = run(model, np.concatenate([ids[kept], NEW]), DynamicCache(), places)
+    report("logits", engine.extend(grown(new), num_last=7).logits, want[-7:], 1e-4)
+    assert result.tokens_recomputed == len(kept) - spans[0][0] and new.next_position == 80
 
 
 @pytest.mark.parametrize("where", SPANS)

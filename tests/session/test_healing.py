@@ -75,7 +75,7 @@ def fresh_logits(session, name, messages):
     return plain_logits(session.engine.model, key.ids)[-1]
 
 
-@pytest.mark.parametrize("eraser", ["mask", "none", "shift", "repair", "selective", "erratum"])
+@pytest.mark.parametrize("eraser", ["mask", "none", "shift", "repair", "selective", "in_place", "erratum"])
 def test_a_healed_thread_answers_as_a_fresh_prefill_without_the_span(open_session, eraser):
     session = open_session(eraser=eraser)
     messages = [*steered(session), Message("user", "and now?")]

@@ -59,7 +59,7 @@ def session_on(loaded, name, **kw):
     return KVRetractSession(loaded.engine, loaded.renderer, extra_key=name, **kw)
 
 
-@pytest.mark.parametrize("eraser", ["mask", "shift", "repair", "selective", "none", "erratum", "recompute"])
+@pytest.mark.parametrize("eraser", ["mask", "shift", "repair", "selective", "in_place", "none", "erratum", "recompute"])
 def test_a_retracted_message_changes_the_next_step_only_through_the_eraser(loaded, eraser, request):
     session = session_on(loaded, request.node.name, eraser=eraser)
     messages = thread()
