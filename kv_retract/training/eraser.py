@@ -105,8 +105,8 @@ def train_eraser(
         variant=config.variant, rank=config.rank, scale=config.scale, hidden=config.hidden,
         fingerprint=config.base, base=loaded.name,
     )  # fmt: skip
-    net = _fresh_net(model, eraser, config.seed) if start is None else _net_of(start, eraser, config.seed)
-    net = net.to(model.device)
+    net = _fresh_net(model, eraser, config.seed)
+    net = (net if start is None else _net_of(start, net)).to(model.device)
 
     def prepared(batch: EditBatch) -> ReadBatch:
         return read(model, batch.to(model.device))
@@ -161,25 +161,27 @@ def _fresh_net(model: Any, config: KVEraserConfig, seed: int) -> SteeringNet:
     return net
 
 
-def _net_of(folder: Path, config: KVEraserConfig, seed: int) -> SteeringNet:
-    """Return the net of the eraser in a folder, which has to be the one that a run describes, to train it further.
+def _net_of(folder: Path, fresh: SteeringNet) -> SteeringNet:
+    """Return the net of the eraser in a folder, which has to be like the fresh one of a run, to train it further.
 
-    A map may have fewer hidden units than the run describes: it gets more.
+    A map may have fewer hidden units: it gets those of the fresh one besides.
 
     Raises:
         EraserMismatchError: there is none, or another one.
     """
     net: SteeringNet = load_net(folder)
-    net.config.check_base(config.fingerprint)
-    if isinstance(net, MapNet) and net.config.hidden < config.hidden:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            net = net.widened(config.hidden)
-    found, wanted = net.config.to_json(), config.to_json()
-    if different := sorted(name for name in wanted if name != "base" and found[name] != wanted[name]):
+    net.config.check_base(fresh.config.fingerprint)
+    found, wanted = net.config.to_json(), fresh.config.to_json()
+    grows = found["variant"] == "kv_map" == wanted["variant"] and found["hidden"] < wanted["hidden"]
+    free = {"base", "hidden"} if grows else {"base"}
+    if different := sorted(name for name in wanted if name not in free and found[name] != wanted[name]):
         raise EraserMismatchError(
             f"the eraser in {str(folder)!r} and the run differ in {', '.join(different)}: "
             + ", ".join(f"{name} {found[name]!r} and {wanted[name]!r}" for name in different)
             + "; give the run's configuration those of the eraser"
         )
+    if grows:
+        assert isinstance(net, MapNet) and isinstance(fresh, MapNet), "their variant says it"
+        fresh.take_over(net)
+        return fresh
     return net.requires_grad_(True)

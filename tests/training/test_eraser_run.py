@@ -230,6 +230,8 @@ def test_a_map_gets_more_hidden_units_where_a_run_describes_them(run, tmp_path):
     assert torch.equal(wider["w2"][:, :16], first["w2"]) and not wider["w2"][:, 16:].any()
     assert bool(wider["w1"][..., 16:].any()), "new units are drawn"
     assert KVEraserEraser(path=str(tmp_path / "wider" / "eraser")).config.hidden == 24
+    with pytest.raises(EraserMismatchError, match="differ in rank: rank 4 and 2"):
+        run(replace(config, rank=2), tmp_path / "other", start=tmp_path / "first" / "eraser")
 
 
 def test_only_an_eraser_of_the_same_model_and_shape_is_trained_further(run, loaded, tiny, model_of, tmp_path):

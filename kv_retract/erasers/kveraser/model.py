@@ -9,7 +9,6 @@ import json
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -154,18 +153,16 @@ class MapNet(SteeringNet):
         heads, size, _ = weights["w1"].shape
         return cls(config, heads, size // 2)
 
-    def widened(self, hidden: int) -> MapNet:
-        """Return a map with more hidden units that computes the same; the new ones are those of a fresh map.
+    @torch.no_grad()
+    def take_over(self, narrower: MapNet) -> None:
+        """Make a fresh map compute what another one does, which has fewer hidden units; the others stay as they are.
 
         Args:
-            hidden: of the new map, at least as many as this one has.
+            narrower: of the same model.
         """
-        wider = MapNet(replace(self.config, hidden=hidden), len(self.w1), self.w1.shape[1] // 2)
-        units = self.config.hidden
-        with torch.no_grad():
-            wider.w1[..., :units], wider.b1[..., :units] = self.w1, self.b1
-            wider.w2[:, :units], wider.b2[:] = self.w2, self.b2
-        return wider
+        units = narrower.config.hidden
+        self.w1[..., :units], self.b1[..., :units] = narrower.w1, narrower.b1
+        self.w2[:, :units], self.b2[:] = narrower.w2, narrower.b2
 
     @property
     def weights(self) -> HeadMap:
