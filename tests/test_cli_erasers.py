@@ -41,7 +41,7 @@ def learned(tmp_path_factory):
     train += ["--config", str(config), "--out", str(folder / "run")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(eraser_training, "training_families", lambda: ["needles"])
-        for steps, more in ((1, ["--minutes", "0"]), (2, [])):
+        for steps, more in ((1, ["--minutes", "0"]), (2, ["--workers", "1"])):
             done = CliRunner().invoke(app, [*train, *more])
             assert (done.exit_code, done.stderr) == (0, "")
             told = {"out": str(folder / "run"), "steps": steps, "finished": steps == 2}

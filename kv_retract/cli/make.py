@@ -79,6 +79,7 @@ def train_eraser(
     device: Device = "cpu",
     dtype: DtypeOption = Dtype.BFLOAT16,
     validate_every: Annotated[int, typer.Option(min=1, help="Steps between validations.")] = 200,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that draw threads ahead; on a GPU, a few.")] = 0,
     minutes: Annotated[float | None, typer.Option(min=0, help="Stop with a checkpoint after so long.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -98,7 +99,7 @@ def train_eraser(
     with progress_bar("steps") as tick:
         done = run(
             loaded, settings, out, texts=texts, start=start, seconds=minutes and minutes * 60,
-            validate_every=validate_every, progress=tick,
+            validate_every=validate_every, workers=workers, progress=tick,
         )  # fmt: skip
     _draw(
         out, losses={"kl": "KL to full recomputation"}, shares=("affected", "leak", "unaffected"),

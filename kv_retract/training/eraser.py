@@ -69,6 +69,7 @@ def train_eraser(
     seconds: float | None = None,
     validation: int = 6,
     validate_every: int = 200,
+    workers: int = 0,
     progress: Callable[[int, int | None], None] = lambda done, total: None,
 ) -> int:
     """Train an eraser for a model, or go on with a run that was stopped; write it to `out/eraser` once it is finished.
@@ -83,6 +84,7 @@ def train_eraser(
         seconds: stop with a checkpoint after so long; calling again goes on.
         validation: threads per family and length (`VALIDATION_LENGTHS`) in a validation; 0: none.
         validate_every: steps between validations.
+        workers: processes that draw threads ahead: on a GPU, one would keep it waiting.
         progress: called with steps done and steps in all.
 
     Returns:
@@ -122,7 +124,7 @@ def train_eraser(
         config,
         out,
         "eraser",
-        batches=lambda step: edit_batches(config, encoder, ids, start=step, prepared=prepared),
+        batches=lambda step: edit_batches(config, encoder, ids, start=step, prepared=prepared, workers=workers),
         step_of=step_of,
         save=net.save,
         validate=(lambda: validation_of(model, net, config, encoder, rotary, n=validation)) if validation else None,

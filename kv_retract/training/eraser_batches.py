@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
 
 from .config import longest_at
 from .corpus import generate, training_families
@@ -27,6 +32,7 @@ def edit_batches(
     *,
     start: int = 0,
     prepared: Callable[[EditBatch], Any] = lambda batch: batch,
+    workers: int = 0,
 ) -> Iterator[Any]:
     """Yield the batches from step `start` on, `accumulate` each; they depend on configuration, texts and step only.
 
@@ -36,12 +42,36 @@ def edit_batches(
         texts: real text.
         start: first step.
         prepared: what is made of each, once for all times that it is learnt from.
+        workers: processes that draw batches ahead; 0: none but this one.
     """
+    places = list(_numbers(config, start * config.accumulate))
+    new = list(dict.fromkeys(number for number, _ in places))
+    loader = DataLoader(
+        _Draws(config, encoder, texts), batch_size=None, sampler=new, num_workers=workers, generator=torch.Generator(),
+        worker_init_fn=_begin_worker,
+    )  # fmt: skip
+    drawn = iter(loader)
     kept: dict[int, Any] = {}
-    for number, again in _numbers(config, start * config.accumulate):
+    for number, again in places:
         if number not in kept:
-            kept[number] = prepared(_batch(config, encoder, texts, number))
+            kept[number] = prepared(next(drawn))
         yield kept[number] if again else kept.pop(number)
+
+
+@dataclass(frozen=True, slots=True)
+class _Draws(Dataset[EditBatch]):
+    """The batches of a run, by number."""
+
+    config: EraserTraining
+    encoder: RowEncoder
+    texts: Sequence[IntArray]
+
+    def __getitem__(self, number: int) -> EditBatch:
+        return _batch(self.config, self.encoder, self.texts, number)
+
+
+def _begin_worker(_: int) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else the tokenizer tells of each process that it was forked
 
 
 def _numbers(config: EraserTraining, start: int) -> Iterator[tuple[int, bool]]:

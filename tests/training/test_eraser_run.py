@@ -68,6 +68,13 @@ def test_a_step_may_have_several_batches(encoder):
     assert all(same(a, b) for a, b in zip(edit_batches(config, encoder, [], start=4), whole[8:], strict=True))
 
 
+def test_workers_draw_the_same_batches(encoder):
+    config = replace(SMALL, reuse=2, kept_batches=2)
+    texts = [np.random.default_rng(0).integers(3, 2000, 900)]
+    alone, ahead = (list(edit_batches(config, encoder, texts, start=1, workers=workers)) for workers in (0, 2))
+    assert len(alone) == 5 and all(same(a, b) for a, b in zip(alone, ahead, strict=True))
+
+
 def test_batches_are_learnt_from_again_in_rounds_and_prepared_once(encoder):
     """Rounds of 4 batches, each learnt from three times, the last one cut short by the end of the run."""
     config, made = replace(SMALL, finetune_steps=16, reuse=3, kept_batches=4), []
