@@ -216,6 +216,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "heal": ("heal.json", _heal),
     "cascade": ("cascade/metrics.json", _cascade),
     "latency": ("bench/latency.json", latency_table),
+    "latency-cuda": ("bench-cuda/latency.json", latency_table),
     "policies": ("policies/metrics.json", _policies),
     "repeated": ("repeated/metrics.json", repeated_table),
     "shared": ("shared.json", shared_table),
