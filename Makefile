@@ -23,6 +23,8 @@ MANY_TRACES ?= 16
 DOCUMENTS ?= 20
 CASCADES ?= 30
 LENGTHS := --length 256 --length 1024 --length 2048 --length 4096
+# The default eraser between full recomputation and the best that one could do which keeps positions.
+DEFAULTS := --arm recompute --arm in_place --arm kveraser
 # Threads of so many windows, and ways to hold them.
 LONG ?= --times 2 --times 8 --times 32 --n 2 --task facts --task relations --task updates --task preferences --retract --bench
 # Benchmarks of the kernels, the cache and a step. With DEVICE=cuda, on a machine that has one, the shape is Qwen3-8B's.
@@ -115,7 +117,7 @@ results: $(STAMP) $(SGLANG_STAMP)  ## measure anew what the README's tables show
 	@$(call EVAL,reference,--split train --n $(TRACES) $(LENGTHS),reference)
 	@$(call EVAL,reference,--split test --n 3 --length 256 --length 1024,reference-test)
 	@$(call EVAL,erasers,--split train $(IN_DOMAIN) --n $(TRACES) $(LENGTHS),erasers)
-	@$(call EVAL,erasers,--split train $(IN_DOMAIN) --arm recompute --arm kveraser --n $(MANY_TRACES) $(LENGTHS),erasers-default)
+	@$(call EVAL,erasers,--split train $(IN_DOMAIN) $(DEFAULTS) --n $(MANY_TRACES) $(LENGTHS) --length 3072,erasers-default)
 	@$(call EVAL,erasers,--task documents --n $(DOCUMENTS) --length 512 --length 1024,erasers-documents)
 	@$(call EVAL,repeated,--edits 1 --edits 4 --edits 16 --n 4,repeated) && cp runs/results/repeated/repeated.svg evals/results/repeated/
 	@$(BIN)/kv-retract eval policies $(foreach file,$(LABELLED),--labelled $(file)) --out runs/results/policies

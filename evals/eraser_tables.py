@@ -29,7 +29,7 @@ def erasers_table(data: Mapping[str, Any]) -> str:
     lines += [
         "",
         f"Split `{config['split']}`, tasks {', '.join(f'`{task}`' for task in config['tasks'])}, {config['n']} traces "
-        f"per task and length ({', '.join(map(str, config['lengths']))} tokens), one span each; model "
+        f"per task and length ({', '.join(map(str, sorted(config['lengths'])))} tokens), one span each; model "
         f"`{config['model']}`, {config['dtype']}, {config['machine']['processor']}. ± is one standard "
         "error. KL and tokens are means, milliseconds medians.",
         "",

@@ -20,7 +20,7 @@ class EraserTraining:
     stage: Stage = "both"
     rank: int = 16
     scale: float = 2.0
-    hidden: int = 128
+    hidden: int = 256
     seed: int = 0
     pretrain_steps: int = 150
     """Optimizer steps of span-neighbor pre-training on text, stage 1 of KVEraser."""

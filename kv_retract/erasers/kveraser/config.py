@@ -27,7 +27,7 @@ class KVEraserConfig:
     """Of the low-rank adapters (LoRA, arXiv 2106.09685); not for `kv_map`."""
     scale: float = 2.0
     """What the adapters' output is multiplied by: LoRA's alpha / rank."""
-    hidden: int = 128
+    hidden: int = 256
     """Width of the map's hidden layer; only for `kv_map`."""
     fingerprint: str = ""
     """Of the base model (`engine.support.fingerprint_of`); steering states mean nothing to another one."""
