@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -47,8 +46,7 @@ def edit_batches(
     places = list(_numbers(config, start * config.accumulate))
     new = list(dict.fromkeys(number for number, _ in places))
     loader = DataLoader(
-        _Draws(config, encoder, texts), batch_size=None, sampler=new, num_workers=workers, generator=torch.Generator(),
-        worker_init_fn=_begin_worker,
+        _Draws(config, encoder, texts), batch_size=None, sampler=new, num_workers=workers, generator=torch.Generator()
     )  # fmt: skip
     drawn = iter(loader)
     kept: dict[int, Any] = {}
@@ -70,22 +68,19 @@ class _Draws(Dataset[EditBatch]):
         return _batch(self.config, self.encoder, self.texts, number)
 
 
-def _begin_worker(_: int) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else the tokenizer tells of each process that it was forked
-
-
 def _numbers(config: EraserTraining, start: int) -> Iterator[tuple[int, bool]]:
     """Yield which batch is learnt from at each place, from `start` on, and whether it will be again.
 
     In rounds: `kept_batches` new ones in order, then the same in another order, `reuse` times in all.
     """
-    for place in range(start, config.steps * config.accumulate):
-        turn, within = divmod(place, config.kept_batches * config.reuse)
-        time, index = divmod(within, config.kept_batches)
-        order = list(range(config.kept_batches))
+    size, end = config.kept_batches, config.steps * config.accumulate
+    for round_ in range(start // size, -(-end // size)):
+        turn, time = divmod(round_, config.reuse)
+        order = list(range(size))
         if time:
             random.Random(f"order/{config.seed}/{turn}/{time}").shuffle(order)
-        yield turn * config.kept_batches + order[index], time + 1 < config.reuse
+        for place in range(max(start, round_ * size), min(end, (round_ + 1) * size)):
+            yield turn * size + order[place - round_ * size], time + 1 < config.reuse
 
 
 def _batch(config: EraserTraining, encoder: RowEncoder, texts: Sequence[IntArray], number: int) -> EditBatch:
