@@ -28,8 +28,8 @@ class Thread:
         self.turns = self.retractions = self.undone = 0
 
     def run(self, end):
-        """Go on until the time is up, however slow the machine: not before a span was taken back."""
-        while time.monotonic() < end or not self.retractions:
+        """Go on until the time is up and, however slow the machine, two spans were taken back."""
+        while time.monotonic() < end or self.retractions < 2:
             action = self.rng.random()
             if action < 0.6 or len(self.ids) < 80:
                 self.turn()
@@ -73,7 +73,7 @@ class Thread:
         """No cached path holds a retracted text: the original matches up to the first span at most."""
         if self.retracted:
             first = min(start for start, _ in self.retracted.values())
-            assert self.server.matched(self.ids, self.name) <= first
+            assert self.server.matched(self.ids, self.name) <= first, (self.name, self.retracted)
 
 
 def ordinary(server, number):
@@ -103,4 +103,4 @@ def test_a_load_of_many_threads(tmp_path):
     done = {name: sum(getattr(thread, name) for thread in threads) for name in ("turns", "retractions", "undone")}
     print(done)
     assert found == wanted
-    assert done["turns"] > THREADS and done["retractions"] >= THREADS and done["undone"] > 0
+    assert done["turns"] > THREADS and done["retractions"] > THREADS and done["undone"] > 0
