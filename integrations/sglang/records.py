@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from uuid import uuid4
@@ -133,10 +133,16 @@ class SpanLedger:
         """Change the state of records as this server's cache has it; see `put`."""
         self.put([replace(record, state=state) for record in records if record.state != state], must_last=must_last)
 
-    def again(self, record: SpanRecord) -> SpanRecord:
-        """Return a new record as the next decision on one of the same id, where there is one."""
-        before = self._of(record)
-        return record if before is None else replace(record, revision=before.revision + 1)
+    def again(self, record: SpanRecord, adopted: Container[str] = ()) -> SpanRecord:
+        """Return a new record as the next decision on one of the same id, where there is one.
+
+        Args:
+            record: made now.
+            adopted: ids of decisions of another replica that this one is told of; they are no next ones.
+        """
+        if (before := self._of(record)) is None:
+            return record
+        return replace(record, revision=before.revision + (record.retraction_id not in adopted))
 
     def adopt(self, records: Iterable[SpanRecord]) -> list[SpanRecord]:
         """Take over what another replica decided later; return what was not taken back here before.

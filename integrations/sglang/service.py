@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -18,7 +19,7 @@ from kv_retract.types import Interval
 from . import api
 from .cache import Namespace
 from .editor import PathEditor
-from .peers import Peers
+from .peers import EDIT_S, Peers
 from .records import SpanLedger, SpanRecord, entry_of, key_of, new_records, standing
 from .refusal import Refused
 
@@ -35,6 +36,21 @@ BODIES: Mapping[str, type[BaseModel]] = {
     "changes": api.ChangesRequest,
 }
 """Operation to its body; each has a method of `SpanService`."""
+_READS_NOTHING = {"retract", "status", "changes"}
+"""Operations that an outdated thread may wait for."""
+
+
+@dataclass(slots=True)
+class _Outdated:
+    """A thread whose cache has read what another replica took back.
+
+    It is forgotten when it is asked for, or when its time is over. Until then the replica that took the spans back may
+    tell this one of them itself, with the text, and the cache is edited instead.
+    """
+
+    until: float
+    """By the monotonic clock, in seconds."""
+    retraction_ids: set[str] = field(default_factory=set)
 
 
 class SpanService:
@@ -58,14 +74,14 @@ class SpanService:
     ) -> None:
         self.editor, self.ledger, self.peers = editor, ledger, peers
         self._model, self._is_busy = dict(model), is_busy
-        self._outdated: set[str] = set()
-        """Threads whose cache has read what another replica took back."""
+        self._outdated: dict[str, _Outdated] = {}
 
     def run(self, operation: str, body: str) -> BaseModel:
         """Run an operation; what went wrong comes back as an `api.Refusal`."""
         try:
-            self.catch_up()
-            answer: BaseModel = getattr(self, operation)(BODIES[operation].model_validate_json(body))
+            request = BODIES[operation].model_validate_json(body)
+            self.catch_up(None if operation in _READS_NOTHING else getattr(request, "extra_key", None))
+            answer: BaseModel = getattr(self, operation)(request)
             return answer
         except Refused as error:
             return api.Refusal(error=error.reason, message=str(error))  # type: ignore[arg-type]
@@ -109,7 +125,6 @@ class SpanService:
         ids = np.array(body.token_ids, dtype=np.int64)
         if np.any(ids < 0):
             raise Refused("bad_request", "expected the original token ids, got tombstones among them; use edit")
-        known = standing(self.ledger.records(body.extra_key), ids)
         learned = steered and body.eraser == "kveraser"
         template = SpanRecord(
             retraction_id="", extra_key=body.extra_key, start=0, end=0, digest="",
@@ -119,7 +134,8 @@ class SpanService:
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         )  # fmt: skip
         spans = [(span.start, span.end) for span in body.spans if isinstance(span, api.Interval)]
-        made = [r if r in known else self.ledger.again(r) for r in new_records(ids, spans, known, template)]
+        known, adopted = self._known(ids, spans, template)
+        made = [r if r in known else self.ledger.again(r, adopted) for r in new_records(ids, spans, known, template)]
         new = [record for record in made if record not in known]
         before, exact = self.resolve(ids, known, Namespace(body.extra_key))
         num_cached = len(self.editor.cache.locate(before.ids.tolist(), Namespace(body.extra_key)).slots)
@@ -129,8 +145,11 @@ class SpanService:
         try:
             edited = self._apply(ids, known, exact, before, changed, steered=steered) if changed else api.EditAnswer()
         except BaseException:
-            self.ledger.set_state(new, "revoked")  # what is refused has not happened
+            # What is refused has not happened here; at another replica it has.
+            self.ledger.put([adopted.get(r.retraction_id) or replace(r, state="revoked") for r in new])
             raise
+        if adopted:
+            del self._outdated[body.extra_key]
         states = {record.retraction_id: record for record in self.ledger.records(body.extra_key)}
         return api.RetractAnswer(
             retractions=[_retraction(states[record.retraction_id]) for record in made],
@@ -169,13 +188,41 @@ class SpanService:
             records=[asdict(record) for record in ledger.changes(after)],
         )
 
-    def catch_up(self) -> None:
-        """Take over what other replicas took back, and forget what the cache read of it."""
+    def catch_up(self, asked: str | None = None) -> None:
+        """Take over what other replicas took back, and forget what the cache read of it.
+
+        Args:
+            asked: thread that is about to be read; others are forgotten when their time is over. None: no thread.
+        """
+        now = time.monotonic()
         if self.peers is not None and (found := self.peers.take()):
-            self._outdated |= {record.extra_key for record in self.ledger.adopt(found)}
-        for extra_key in [name for name in self._outdated if not self._is_busy(name)]:
-            self.editor.forget(extra_key)
-            self._outdated.discard(extra_key)
+            for record in self.ledger.adopt(found):
+                thread = self._outdated.setdefault(record.extra_key, _Outdated(now + EDIT_S))
+                thread.retraction_ids.add(record.retraction_id)
+        for extra_key in [name for name, thread in self._outdated.items() if name == asked or thread.until <= now]:
+            if not self._is_busy(extra_key):
+                self._forget(extra_key)
+
+    def _known(
+        self, ids: IntArray, spans: Sequence[Interval], template: SpanRecord
+    ) -> tuple[list[SpanRecord], dict[str, SpanRecord]]:
+        """Return what stands in a thread and is out of its cache, and by id what was adopted and is still in it.
+
+        A request that does not ask for all that was adopted cannot mend the cache, which is forgotten then.
+        """
+        known = standing(self.ledger.records(template.extra_key), ids)
+        if (outdated := self._outdated.get(template.extra_key)) is None:
+            return known, {}
+        asked = [r for r in known if (r.start, r.end) in spans and r.state == template.state]
+        adopted = {r.retraction_id: r for r in asked if r.retraction_id in outdated.retraction_ids}
+        if adopted.keys() == outdated.retraction_ids:
+            return [r for r in known if r.retraction_id not in adopted], adopted
+        self._forget(template.extra_key)
+        return known, {}
+
+    def _forget(self, extra_key: str) -> None:
+        self.editor.forget(extra_key)
+        del self._outdated[extra_key]
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
@@ -190,7 +237,7 @@ class SpanService:
             extra_key: the thread, as its clients name it.
             namespace: where the request reads the cache: a salt or a LoRA adapter makes it another one.
         """
-        self.catch_up()
+        self.catch_up(extra_key)
         records = self.ledger.records(extra_key)
         if not records:
             return None

@@ -131,6 +131,7 @@ def test_the_newest_decision_wins():
     assert theirs.adopt([first]) == [], "what was undone later stays so"
     again = theirs.again(first)
     assert again.revision == 3 and again.state == "steered" and theirs.again(records((1, 2))[0]).revision == 1
+    assert theirs.again(first, {first.retraction_id}).revision == 2, "told of by another replica: the same decision"
     theirs.put([again])
     assert ours.adopt(theirs.changes()) == [again] == ours.records("t"), "taken back anew"
     later = replace(again, revision=4)

@@ -20,6 +20,8 @@ from .test_chat import thread as looked_up_twice
 
 pytestmark = [pytest.mark.sglang, pytest.mark.enable_socket]
 
+ANOTHER = (200, 212)
+"""Tokens of a second span."""
 HEADER = "X-SMG-Routing-Key"
 """By which the router's policy `manual` keeps a session on one worker, and the plugin names a thread."""
 
@@ -121,6 +123,13 @@ def test_a_retraction_reaches_every_replica(fleet, engine, thread):
     assert a.server.states(name) == b.server.states(name) == ["exact"], "nothing read the original since"
 
 
+def await_records(replica, name, number=1, seconds=20.0):
+    """Wait until a replica has taken over what another one took back."""
+    end = time.monotonic() + seconds
+    while len(replica.server.states(name)) < number and time.monotonic() < end:
+        time.sleep(0.2)
+
+
 def test_a_replica_takes_over_what_it_was_not_told(fleet, engine, thread):
     a, b, _ = fleet
     ids, name = thread
@@ -128,15 +137,49 @@ def test_a_replica_takes_over_what_it_was_not_told(fleet, engine, thread):
         replica.server.generate(ids[:380], name, n=1)
     told = a.server.retract(ids[:380], [SPAN], name, spread=False)
     assert told["replicas"] == {"confirmed": [], "missed": {}}
-    end = time.monotonic() + 20
-    while not b.server.states(name) and time.monotonic() < end:
-        time.sleep(0.2)
+    await_records(b, name)
     assert b.server.states(name) == ["steered"] and b.server.matched(ids, name) == 0, "what had read it is forgotten"
     after = b.server.generate(ids, name)
     assert after["prompt"] == 380 and b.server.states(name) == ["exact"]
     assert_same(after, answer(engine, without(ids)))
     assert a.server.states(name) == ["steered"], "whose cache holds the steering states"
     a.server.assert_alive()
+    b.server.assert_alive()
+
+
+def test_what_was_taken_over_before_it_was_told_is_steered_all_the_same(fleet, engine, thread):
+    a, b, _ = fleet
+    ids, name = thread
+    for replica in (a, b):
+        replica.server.generate(ids[:380], name, n=1)
+    (made,) = a.server.retract(ids[:380], [SPAN], name, spread=False)["retractions"]
+    await_records(b, name)
+    b.server.generate(ids[:20], f"{name}/another", n=1)
+    told = b.server.retract(ids[:380], [SPAN], name, spread=False)
+    assert told["num_cached"] == 380 and told["retractions"][0]["retraction_id"] == made["retraction_id"]
+    after = b.server.generate(ids, name)
+    assert after["cached"] >= 380 and b.server.states(name) == a.server.states(name) == ["steered"]
+    assert_same(after, embedded(engine, ids[:380], [SPAN], "kveraser", ids[ASK]))
+    told = a.server.post("/kv_retract/undo", {"extra_key": name})
+    assert told["replicas"]["confirmed"] == [b.url]
+    states = [replica.server.states(name) for replica in (a, b)]
+    assert states == [["revoked"]] * 2, "it was the same decision at both"
+    b.server.assert_alive()
+
+
+def test_a_replica_that_is_told_of_a_part_forgets_the_whole(fleet, engine, thread):
+    a, b, _ = fleet
+    ids, name = thread
+    for replica in (a, b):
+        replica.server.generate(ids[:380], name, n=1)
+    a.server.retract(ids[:380], [SPAN], name, spread=False)
+    a.server.retract(ids[:380], [ANOTHER], name, spread=False)
+    await_records(b, name, 2)
+    assert b.server.retract(ids[:380], [ANOTHER], name, spread=False)["num_cached"] == 0
+    left = build_key(np.delete(ids, [*range(*SPAN), *range(*ANOTHER)]), ())
+    after = b.server.generate(ids, name)
+    assert after["cached"] == 0 and b.server.states(name) == ["exact", "exact"]
+    assert_same(after, answer(engine, left))
     b.server.assert_alive()
 
 
