@@ -119,7 +119,7 @@ results: $(STAMP) $(SGLANG_STAMP)  ## measure anew what the README's tables show
 	@$(call EVAL,erasers,--split train $(IN_DOMAIN) --n $(TRACES) $(LENGTHS),erasers)
 	@$(call EVAL,erasers,--split train $(IN_DOMAIN) $(DEFAULTS) --n $(MANY_TRACES) $(LENGTHS) --length 3072,erasers-default)
 	@$(call EVAL,erasers,--task documents --n $(DOCUMENTS) --length 512 --length 1024,erasers-documents)
-	@$(call EVAL,repeated,--edits 1 --edits 4 --edits 16 --n 4,repeated) && cp runs/results/repeated/repeated.svg evals/results/repeated/
+	@$(call EVAL,repeated,--n 4,repeated) && cp runs/results/repeated/repeated.svg evals/results/repeated/
 	@$(BIN)/kv-retract eval policies $(foreach file,$(LABELLED),--labelled $(file)) --out runs/results/policies
 	@cp runs/results/policies/metrics.json evals/results/policies/
 	@$(call EVAL,cascade,--n $(CASCADES),cascade)
