@@ -36,8 +36,8 @@ BODIES: Mapping[str, type[BaseModel]] = {
     "changes": api.ChangesRequest,
 }
 """Operation to its body; each has a method of `SpanService`."""
-_READS_NOTHING = {"retract", "status", "changes"}
-"""Operations that an outdated thread may wait for."""
+_KEEPS_OUTDATED = {"retract", "status", "changes"}
+"""Operations that do not forget an outdated thread."""
 
 
 @dataclass(slots=True)
@@ -80,7 +80,7 @@ class SpanService:
         """Run an operation; what went wrong comes back as an `api.Refusal`."""
         try:
             request = BODIES[operation].model_validate_json(body)
-            self.catch_up(None if operation in _READS_NOTHING else getattr(request, "extra_key", None))
+            self.catch_up(None if operation in _KEEPS_OUTDATED else getattr(request, "extra_key", None))
             answer: BaseModel = getattr(self, operation)(request)
             return answer
         except Refused as error:
@@ -197,8 +197,9 @@ class SpanService:
         now = time.monotonic()
         if self.peers is not None and (found := self.peers.take()):
             for record in self.ledger.adopt(found):
-                thread = self._outdated.setdefault(record.extra_key, _Outdated(now + EDIT_S))
-                thread.retraction_ids.add(record.retraction_id)
+                if self.editor.cache.namespaces_of(record.extra_key) or self._is_busy(record.extra_key):
+                    thread = self._outdated.setdefault(record.extra_key, _Outdated(now + EDIT_S))
+                    thread.retraction_ids.add(record.retraction_id)
         for extra_key in [name for name, thread in self._outdated.items() if name == asked or thread.until <= now]:
             if not self._is_busy(extra_key):
                 self._forget(extra_key)

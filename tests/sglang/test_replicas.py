@@ -90,6 +90,15 @@ def fleet(tmp_path_factory):
         yield *replicas, stack.enter_context(routing(folder, [replica.url for replica in replicas]))
 
 
+@pytest.fixture
+def read(fleet, thread):
+    """A thread that both replicas have read."""
+    ids, name = thread
+    for replica in fleet[:2]:
+        replica.server.generate(ids[:380], name, n=1)
+    return ids, name
+
+
 def routed(router, ids, name):
     """Answer of whichever replica the router takes."""
     sampling = {"max_new_tokens": 8, "temperature": 0, "ignore_eos": True}
@@ -102,11 +111,9 @@ def without(ids):
     return build_key(np.delete(ids, np.arange(*SPAN)), ())
 
 
-def test_a_retraction_reaches_every_replica(fleet, engine, thread):
+def test_a_retraction_reaches_every_replica(fleet, engine, read):
     a, b, router = fleet
-    ids, name = thread
-    for replica in (a, b):
-        replica.server.generate(ids[:380], name, n=1)
+    ids, name = read
     told = a.server.retract(ids[:380], [SPAN], name, reason="wrong")
     assert told["replicas"] == {"confirmed": [b.url], "missed": {}}
     wanted = embedded(engine, ids[:380], [SPAN], "kveraser", ids[ASK])
@@ -130,11 +137,9 @@ def await_records(replica, name, number=1, seconds=20.0):
         time.sleep(0.2)
 
 
-def test_a_replica_takes_over_what_it_was_not_told(fleet, engine, thread):
+def test_a_replica_takes_over_what_it_was_not_told(fleet, engine, read):
     a, b, _ = fleet
-    ids, name = thread
-    for replica in (a, b):
-        replica.server.generate(ids[:380], name, n=1)
+    ids, name = read
     told = a.server.retract(ids[:380], [SPAN], name, spread=False)
     assert told["replicas"] == {"confirmed": [], "missed": {}}
     await_records(b, name)
@@ -147,11 +152,9 @@ def test_a_replica_takes_over_what_it_was_not_told(fleet, engine, thread):
     b.server.assert_alive()
 
 
-def test_what_was_taken_over_before_it_was_told_is_steered_all_the_same(fleet, engine, thread):
+def test_what_was_taken_over_before_it_was_told_is_steered_all_the_same(fleet, engine, read):
     a, b, _ = fleet
-    ids, name = thread
-    for replica in (a, b):
-        replica.server.generate(ids[:380], name, n=1)
+    ids, name = read
     (made,) = a.server.retract(ids[:380], [SPAN], name, spread=False)["retractions"]
     await_records(b, name)
     b.server.generate(ids[:20], f"{name}/another", n=1)
@@ -167,11 +170,9 @@ def test_what_was_taken_over_before_it_was_told_is_steered_all_the_same(fleet, e
     b.server.assert_alive()
 
 
-def test_a_replica_that_is_told_of_a_part_forgets_the_whole(fleet, engine, thread):
+def test_a_replica_that_is_told_of_a_part_forgets_the_whole(fleet, engine, read):
     a, b, _ = fleet
-    ids, name = thread
-    for replica in (a, b):
-        replica.server.generate(ids[:380], name, n=1)
+    ids, name = read
     a.server.retract(ids[:380], [SPAN], name, spread=False)
     a.server.retract(ids[:380], [ANOTHER], name, spread=False)
     await_records(b, name, 2)
